@@ -1,0 +1,102 @@
+"""This node's presence in the store: its leased record, and what the store says about leader and current view.
+
+Invariants (tests/integration/test_agent_presence.py):
+1. The record stands while the lease is held; a lost lease is replaced by a new one as soon as the store answers.
+2. A store that is away, or comes back without its history, stops nothing: both loops go on until cancelled.
+Not here: what follows from a newer view (core.py).
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from contextlib import aclosing
+
+from elastic_run.runtime.edge.lease import LeaseKeeper
+from elastic_run.runtime.edge.store import EventKind, Put, Snapshot, Store, follow
+from elastic_run.runtime.protocol import codec
+from elastic_run.runtime.protocol.errors import CodecError, StoreError
+from elastic_run.runtime.protocol.ids import ViewNumber
+from elastic_run.runtime.protocol.records import (
+    CURRENT_KEY,
+    LEADER_KEY,
+    SPEC_KEY,
+    SYNC_PREFIX,
+    CurrentView,
+    JobSpec,
+    LeaderRecord,
+    NodeRecord,
+    node_key,
+)
+
+RETRY_S = 0.5
+REVOKE_DEADLINE_S = 1.0
+
+log = logging.getLogger("elastic_run.agent")
+
+
+class Presence:
+    """Holds the node's record while `run()` runs; `leave()` takes it away at once."""
+
+    def __init__(self, store: Store, record: NodeRecord, lease_ttl_s: int) -> None:
+        self._store, self._record, self._ttl_s = store, record, lease_ttl_s
+        self._keeper: LeaseKeeper | None = None
+
+    @property
+    def held(self) -> bool:
+        return self._keeper is not None and self._keeper.held()
+
+    async def run(self) -> None:
+        while True:
+            try:
+                await self._hold_once()
+            except StoreError as error:
+                log.warning("this node's lease can not be had: %s", error)
+            await asyncio.sleep(RETRY_S)
+
+    async def leave(self) -> None:
+        """Give the lease back, so that nobody has to wait for its end."""
+        if self._keeper is None:
+            return
+        try:
+            await self._store.lease_revoke(self._keeper.lease_id, deadline_s=REVOKE_DEADLINE_S)
+        except StoreError as error:
+            log.info("the lease runs out by itself: %s", error)
+
+    async def _hold_once(self) -> None:
+        granted_at = time.monotonic()
+        lease_id = await self._store.lease_grant(self._ttl_s)
+        async with LeaseKeeper(self._store, lease_id, self._ttl_s, granted_at_s=granted_at) as keeper:
+            self._keeper = keeper
+            key, value = node_key(self._record.node), codec.encode(self._record)
+            await self._store.txn((), (Put(key=key, value=value, lease_id=lease_id),))
+            await keeper.lost.wait()
+        log.warning("this node's lease is lost (%s); a new one is asked for", keeper.reason)
+
+
+async def read_token(store: Store) -> str | None:
+    """Return the job's join token, None while no leader has written the spec."""
+    found = await store.get(SPEC_KEY)
+    return None if found is None else codec.decode(JobSpec, found.value, where=SPEC_KEY).token
+
+
+async def follow_sync(
+    store: Store, *, on_leader: Callable[[str | None], None], on_current: Callable[[ViewNumber], None]
+) -> None:
+    """Tell of every leader and every installed view the store knows, until cancelled."""
+    while True:
+        try:
+            async with aclosing(follow(store, SYNC_PREFIX)) as changes:
+                async for change in changes:
+                    if isinstance(change, Snapshot):
+                        pairs = [(kv.key, kv.value) for kv in change.items]
+                    else:
+                        pairs = [(e.kv.key, e.kv.value) for e in change.events if e.kind is EventKind.PUT]
+                    for key, value in pairs:
+                        if key == LEADER_KEY:
+                            on_leader(codec.decode(LeaderRecord, value, where=key).address)
+                        elif key == CURRENT_KEY:
+                            on_current(codec.decode(CurrentView, value, where=key).number)
+        except (StoreError, CodecError) as error:
+            log.warning("the store can not be followed: %s", error)
+        await asyncio.sleep(RETRY_S)

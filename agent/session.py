@@ -1,0 +1,148 @@
+"""The agent's one stream to the leading controller: dials whoever leads, says hello, comes back after every break.
+
+Invariants (tests/integration/test_agent_session.py):
+1. What is told while no stream is open is dropped; the hello of the next stream carries the whole state instead.
+2. Dialling backs off from RETRY_S_MIN to RETRY_S_MAX with jitter and never gives up: training needs no controller.
+Not here: who leads (presence.py tells), what messages mean (core.py).
+"""
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from elastic_run.runtime.edge import rpc
+from elastic_run.runtime.protocol import wire
+from elastic_run.runtime.protocol.errors import CodecError, PeerError, PeerRefused, StoreError
+from elastic_run.runtime.protocol.messages import AgentMessage, ControllerMessage, Hello, Refused
+
+RETRY_S_MIN = 0.05
+RETRY_S_MAX = 1.0
+CONNECT_DEADLINE_S = 3.0
+QUEUED_MAX = 256
+
+log = logging.getLogger("elastic_run.agent")
+
+
+class ControllerSession:
+    def __init__(
+        self,
+        *,
+        read_token: Callable[[], Awaitable[str | None]],
+        hello: Callable[[str], Hello],
+        on_message: Callable[[ControllerMessage], None],
+        on_lost: Callable[[str], None],
+    ) -> None:
+        self._read_token, self._hello = read_token, hello
+        self._on_message, self._on_lost = on_message, on_lost
+        self._address: str | None = None
+        self._moved = asyncio.Event()
+        self._queue: asyncio.Queue[AgentMessage] | None = None
+        self._drained = asyncio.Event()
+
+    def leader_is(self, address: str | None) -> None:
+        """The store names another leader, or none; an open stream to somebody else is left at once."""
+        if address is not None and address != self._address:
+            self._address = address
+            self._moved.set()
+
+    def tell(self, message: AgentMessage) -> None:
+        """Queue a message for the open stream; without one, or when it does not take messages, drop it."""
+        if self._queue is not None and not self._queue.full():
+            self._drained.clear()
+            self._queue.put_nowait(message)
+
+    async def flush(self, timeout_s: float) -> None:
+        """Wait until what was told is written, or no stream is left, or the time is over."""
+        if self._queue is None:
+            return
+        try:
+            await asyncio.wait_for(self._drained.wait(), timeout_s)
+        except TimeoutError:
+            log.info("the last words to the controller were not taken within %g s", timeout_s)
+
+    async def run(self) -> None:
+        """Keep a stream open until cancelled."""
+        retry_s = RETRY_S_MIN
+        while True:
+            address = self._address
+            if address is None:
+                await self._moved.wait()
+                self._moved.clear()
+                continue
+            heard, reason = await self._one_stream(address)
+            if heard:
+                retry_s = RETRY_S_MIN
+                self._on_lost(reason)
+            log.info("no stream to the controller at %s: %s", address, reason)
+            try:
+                await asyncio.wait_for(self._moved.wait(), retry_s * random.uniform(0.5, 1.0))
+                self._moved.clear()
+                retry_s = RETRY_S_MIN
+            except TimeoutError:
+                retry_s = min(RETRY_S_MAX, 2 * retry_s)
+
+    async def _one_stream(self, address: str) -> tuple[bool, str]:
+        """Return whether the controller ever answered, and why the stream ended."""
+        heard = False
+        try:
+            token = await self._read_token()
+            if token is None:
+                return False, "the job has no spec yet"
+            async with rpc.open_channel(address) as channel:
+                call = rpc.session_call(channel)
+                tasks: list[asyncio.Task[Any]] = []
+                try:
+                    await asyncio.wait_for(call.wait_for_connection(), CONNECT_DEADLINE_S)
+                    queue: asyncio.Queue[AgentMessage] = asyncio.Queue(QUEUED_MAX)
+                    hello, self._queue = self._hello(token), queue  # one moment: what follows is in the queue
+                    await call.write(wire.agent_to_bytes(hello))
+                    self._moved.clear()
+                    tasks = [
+                        asyncio.create_task(self._pump(call, queue)),
+                        asyncio.create_task(self._moved.wait()),
+                        asyncio.create_task(call.read()),
+                    ]
+                    while True:
+                        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                        if tasks[2] in done:
+                            data = tasks[2].result()
+                            if not isinstance(data, bytes):
+                                return heard, _ending(await call.details())
+                            heard = True
+                            self._on_message(wire.controller_from_bytes(data))
+                            tasks[2] = asyncio.create_task(call.read())
+                        if tasks[1] in done:
+                            return heard, "another controller leads"
+                        if tasks[0] in done:
+                            tasks[0].result()
+                finally:
+                    self._queue = None
+                    self._drained.set()
+                    for task in tasks:
+                        task.cancel()
+                    await asyncio.gather(*tasks, return_exceptions=True)
+                    call.cancel()
+        except rpc.RpcError as error:
+            problem = rpc.translate(error, address)
+            if isinstance(problem, PeerRefused):
+                self._on_message(Refused(reason=str(problem)))
+            return heard, str(problem)
+        except TimeoutError:
+            return heard, f"no connection within {CONNECT_DEADLINE_S:g} s"
+        except (CodecError, PeerError, StoreError) as error:
+            return heard, str(error)
+        except asyncio.InvalidStateError:  # grpc: the call ended under a write
+            return heard, "the stream broke"
+
+    async def _pump(self, call: Any, queue: asyncio.Queue[AgentMessage]) -> None:
+        while True:
+            message = await queue.get()
+            await call.write(wire.agent_to_bytes(message))
+            if queue.empty():
+                self._drained.set()
+
+
+def _ending(details: str | None) -> str:
+    return details or "the controller closed the stream"

@@ -1,0 +1,103 @@
+"""The examples under torchrun and alone: what they promise must hold before a launcher of ours is asked to keep it."""
+
+import csv
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+TIMEOUT_S = 240
+STEPS = 6
+SMALL_GPT = ("--layers=1", "--width=32", "--block-size=32", f"--decay-steps={STEPS}", "--log-every=1")
+SNAPSHOT_SPACE_BYTES = 20_000
+TEXT_BYTES = 1400
+
+pytestmark = pytest.mark.slow
+
+
+def run_example(
+    name: str, *arguments: str, workers: int | None, directory: Path, file_bytes_max: int = resource.RLIM_INFINITY
+) -> tuple[dict[str, Any], subprocess.CompletedProcess[str]]:
+    """Runs an example, without a launcher when `workers` is None; its final JSON line and all it printed."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"] if workers else []
+    done = subprocess.run(
+        [sys.executable, *torchrun, str(EXAMPLES / name), *arguments],
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes_max, resource.RLIM_INFINITY)),
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1]), done
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    """A text that lasts two workers five steps, so that a run of six crosses into a second epoch."""
+    file = tmp_path / "text"
+    file.write_bytes(Path(__file__).read_bytes()[:TEXT_BYTES])
+    return f"--text={file}"
+
+
+def curve_of(directory: Path) -> list[list[str]]:
+    with (directory / "out" / "loss.csv").open() as file:
+        return [row[:3] for row in csv.reader(file)]
+
+
+def test_gpt_resumed_from_a_snapshot_ends_with_the_loss_of_an_undisturbed_run(tmp_path: Path, text: str) -> None:
+    undisturbed, resumed = tmp_path / "undisturbed", tmp_path / "resumed"
+    undisturbed.mkdir()
+    resumed.mkdir()
+    whole, _ = run_example("train_gpt.py", *SMALL_GPT, text, f"--steps={STEPS}", workers=2, directory=undisturbed)
+    snapshot = "--snapshot=snapshot.pt"
+    run_example("train_gpt.py", *SMALL_GPT, text, "--steps=3", snapshot, workers=2, directory=resumed)
+    rest, output = run_example(
+        "train_gpt.py", *SMALL_GPT, text, f"--steps={STEPS}", snapshot, workers=2, directory=resumed
+    )
+    assert "resumed from snapshot.pt at step 3" in output.stdout
+    assert "step 3/" not in output.stdout
+    assert "step 4/" in output.stdout
+    assert rest == whole
+    assert curve_of(resumed) == curve_of(undisturbed)
+    assert whole["steps"] == STEPS
+    assert whole["loss_last"] < whole["loss_first"]
+    # A world of another size takes the same snapshot and goes on from its step.
+    alone, output = run_example(
+        "train_gpt.py", *SMALL_GPT, text, "--steps=8", snapshot, workers=None, directory=resumed
+    )
+    assert f"resumed from snapshot.pt at step {STEPS}" in output.stdout
+    assert alone["steps"] == 8
+    assert alone["tokens"] == whole["tokens"] + 2 * 4 * 32
+    assert sorted(path.name for path in resumed.iterdir()) == ["out", "snapshot.pt"]
+
+
+def test_gpt_trains_on_when_its_snapshot_cannot_be_written(tmp_path: Path, text: str) -> None:
+    summary, output = run_example(
+        "train_gpt.py",
+        *SMALL_GPT,
+        text,
+        "--steps=4",
+        "--snapshot=snapshot.pt",
+        "--snapshot-every=2",
+        workers=None,
+        directory=tmp_path,
+        file_bytes_max=SNAPSHOT_SPACE_BYTES,
+    )
+    assert summary["steps"] == 4
+    assert [line.split(":")[1] for line in output.stderr.splitlines() if "no snapshot" in line] == [
+        " no snapshot at step 2",
+        " no snapshot at step 4",
+    ]
+    assert not [path for path in tmp_path.iterdir() if "snapshot" in path.name]
+
+
+def test_digits_are_recognised_better_than_95_percent(tmp_path: Path) -> None:
+    summary, _ = run_example("train_digits.py", "--epochs=5", workers=None, directory=tmp_path)
+    assert summary["accuracy_percent"] > 95.0
