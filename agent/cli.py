@@ -13,6 +13,7 @@ from elastic_run.agent.metrics import serve_metrics
 from elastic_run.runtime.edge import store_access
 from elastic_run.runtime.edge.files import read_bounded
 from elastic_run.runtime.edge.log import set_up_logging
+from elastic_run.runtime.edge.rundir import remove_abandoned
 from elastic_run.runtime.protocol import codec
 from elastic_run.runtime.protocol.config import AgentConfig
 from elastic_run.runtime.protocol.errors import CodecError, UserError
@@ -47,6 +48,8 @@ async def _run(config: AgentConfig) -> int:
         if metrics is not None:
             metrics.close()
         await store.close()
+        if driver.orphaned:
+            remove_abandoned(Path(config.run_dir))
 
 
 if __name__ == "__main__":

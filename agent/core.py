@@ -100,13 +100,16 @@ class AgentCore:
         self.exit_code: int | None = None
         self.connected = False
         self._now = self._since = now
+        #: while workers are on their way to a safe point: until when, and for which view they were asked
         self._park_until: float | None = None
+        self._park_view = NO_VIEW
         self._steps = (0, 0.0)
         #: what the controller says this node waits for, until it is passed on
         self._greeting = ""
         self._last_word = ""
         self._greeted_at = now
-        self._stop_reason = ""
+        #: why this node leaves of its own accord
+        self._farewell = ""
         self._out: list[Action] = []
 
     @property
@@ -139,7 +142,7 @@ class AgentCore:
             case WorkerExited():
                 self._exited(event)
             case WorkersParked():
-                if self.aim is Aim.PREPARE and event.view == self.view and self._park_until is not None:
+                if self._park_until is not None and event.view == self._park_view:
                     self._stop(self.config.restart_timeout_s)
             case WorkersStopped():
                 if event.starts == self.starts:
@@ -157,6 +160,8 @@ class AgentCore:
 
     def _heard(self, event: ControllerSpoke) -> None:
         if self.aim is Aim.EXIT:
+            if self._farewell and isinstance(event.message, Welcome):  # it may have missed the first one
+                self._out.append(Tell(message=Leaving(reason=self._farewell)))
             return
         match event.message:
             case Welcome(message=message, current_view=current):
@@ -181,7 +186,6 @@ class AgentCore:
             self._acknowledge()
             return
         was, self.view = self.phase, prepare.view
-        self._stop_reason = prepare.reason
         if was is AgentPhase.PREPARED:
             self._acknowledge()
         elif was is AgentPhase.PREPARING and self.aim is Aim.PREPARE:
@@ -197,7 +201,7 @@ class AgentCore:
         if self.busy and self._park_until is None:
             self._say(f"view {prepare.view} is coming, workers stop: {prepare.reason}")
         if running and self.busy and prepare.stop_at_step is not None:
-            self._park_until = self._now + SAFE_POINT_TIMEOUT_S
+            self._park_until, self._park_view = self._now + SAFE_POINT_TIMEOUT_S, prepare.view
             self._out.append(AskToPark(view=prepare.view, step=prepare.stop_at_step))
         elif self.busy:
             self._stop(self.config.restart_timeout_s)
@@ -237,7 +241,7 @@ class AgentCore:
     def _fence(self, number: ViewNumber) -> None:
         self.current_view = max(self.current_view, number)
         in_older_view = self.view < self.current_view
-        if not in_older_view or self.aim is Aim.EXIT or self.phase in (AgentPhase.IDLE, AgentPhase.PREPARING):
+        if not in_older_view or self.aim in (Aim.EXIT, Aim.WAIT) or self.phase is AgentPhase.IDLE:
             return
         self._say(f"view {self.current_view} was installed without this node: its workers are stopped")
         self.aim, self.phase = Aim.WAIT, AgentPhase.PREPARING
@@ -249,6 +253,9 @@ class AgentCore:
     # Workers
 
     def _exited(self, event: WorkerExited) -> None:
+        if self._park_until is not None:
+            self._ended_unparked(event)
+            return
         if event.view != self.view or self.phase not in (AgentPhase.RUNNING, AgentPhase.FAILED):
             return  # it was stopped
         self.alive -= 1
@@ -261,6 +268,15 @@ class AgentCore:
             self.phase, self._since = AgentPhase.FINISHED, self._now
             self._out.append(StopWorkers(signal=signals.SIGTERM, term_s=0.0))  # whatever they left behind
             self._out.append(Tell(message=WorkersFinished(view=self.view)))
+
+    def _ended_unparked(self, event: WorkerExited) -> None:
+        """A worker that was asked to park came to its end first."""
+        self.alive -= 1
+        if event.failure is not None:
+            self._stop(self.config.restart_timeout_s)  # the others would wait for it in vain
+        elif self.alive == 0:
+            self._out.append(Tell(message=WorkersFinished(view=event.view)))
+            self._stop(0.0)
 
     def _stop(self, term_s: float, signal: int = signals.SIGTERM) -> None:
         self._park_until = None
@@ -300,7 +316,8 @@ class AgentCore:
             self._say(f"{name} again: workers are killed")
             self._stop(0.0, signals.SIGKILL)
             return
-        self._out.append(Tell(message=Leaving(reason=f"it received {name}")))
+        self._farewell = f"it received {name}"
+        self._out.append(Tell(message=Leaving(reason=self._farewell)))
         self.aim, self.exit_code = Aim.EXIT, EXIT_BY_SIGNAL + number
         if self.busy:
             limit_s = self.config.shutdown_timeout_s
@@ -322,7 +339,7 @@ class AgentCore:
         if self.aim is not Aim.EXIT and self.phase is AgentPhase.IDLE and self.current_view == NO_VIEW:
             if waited_s >= self.config.job.join_timeout_s:
                 self._say(
-                    f"the job did not form within {waited_s:.0f} s: {self._greeting or 'no controller was found'}"
+                    f"the job did not form within {waited_s:.0f} s: {self._last_word or 'no controller was found'}"
                 )
                 self._leave(EXIT_FAILED)
         elif self.phase is AgentPhase.FINISHED and waited_s >= FAREWELL_TIMEOUT_S and self.aim is not Aim.EXIT:

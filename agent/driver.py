@@ -7,11 +7,12 @@ Not here: decisions (core.py), processes (workers.py), the stream (session.py), 
 """
 
 import asyncio
+import contextlib
+import dataclasses
 import logging
 import os
 import secrets
 import signal
-import sys
 import time
 from typing import Any
 
@@ -41,7 +42,12 @@ from elastic_run.runtime.protocol.messages import AgentPhase, ControllerMessage,
 from elastic_run.runtime.protocol.records import NodeRecord
 
 EVENTS_QUEUED_MAX = 10_000
+SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
+STDERR = 2
+ORPHAN_STOP_S = 5.0
+"""What workers get between SIGTERM and SIGKILL when the launcher has died: nobody waits for them any more."""
 FLUSH_S = 1.0
+RECORDS_READ = 32  # enough for a rate; reading the whole ring takes half a millisecond
 INCARNATION_BYTES = 8
 
 log = logging.getLogger("elastic_run.agent")
@@ -54,6 +60,9 @@ class AgentDriver:
         self._incarnation = Incarnation(secrets.token_hex(INCARNATION_BYTES))
         self._inbox: asyncio.Queue[events.AgentEvent] = asyncio.Queue(EVENTS_QUEUED_MAX)
         self.exit_code: int | None = None
+        self.orphaned = False
+        """The launcher died: nobody but this agent is left to clear up."""
+        self._launcher_pid = os.getppid()
         self._logs = LogDirectory(config.output, config.job.job_id, config.run_dir)
         self._group: workers.WorkerGroup | None = None
         self._telemetry: list[TelemetryFile] = []
@@ -76,7 +85,7 @@ class AgentDriver:
     async def run(self) -> int:
         """Take part in the job until it ends or this node leaves it; return the exit code."""
         loop = asyncio.get_running_loop()
-        for name in self._config.signals:
+        for name in dict.fromkeys((*self._config.signals, *SIGNALS)):  # what the launcher passes on, whatever is asked
             number = signal.Signals[name]
             loop.add_signal_handler(number, self._signalled, number)
         await self._server.start()
@@ -130,12 +139,16 @@ class AgentDriver:
             case StartWorkers():
                 await self._start_workers(action.install)
             case ShowFailures():
-                self.say(failure.render(f"job {self._config.job.job_id} failed", self._failures))
+                title = f"job {self._config.job.job_id} failed"
+                print(failure.render(title, self._failures), file=sys.stderr, flush=True)
             case Exit():
                 self.exit_code = action.code
 
     def say(self, line: str) -> None:
-        print(f"elastic-run: {line}", file=sys.stderr, flush=True)
+        left = f"elastic-run: {line}\n".encode(errors="backslashreplace")
+        with contextlib.suppress(OSError):  # nobody listens any more; that must not end a job, nor change its exit code
+            while left:
+                left = left[os.write(STDERR, left) :]
 
     def _reserve_port(self) -> None:
         if self._port is not None:
@@ -221,6 +234,11 @@ class AgentDriver:
         self._post(events.CurrentViewSeen(now=time.monotonic(), number=number))
 
     def _signalled(self, number: int) -> None:
+        if number == signal.SIGTERM and not self.orphaned and os.getppid() != self._launcher_pid:
+            self.orphaned = True
+            self.say("the launcher of this node is gone; its workers are ended")
+            limit_s = min(ORPHAN_STOP_S, self._config.shutdown_timeout_s)
+            self.core.config = dataclasses.replace(self._config, shutdown_timeout_s=limit_s)
         self._post(events.SignalReceived(now=time.monotonic(), signal=number))
 
     def _admit(self, hello: WorkerHello) -> ViewNumber:
@@ -292,7 +310,7 @@ class AgentDriver:
 
 def _read(file: TelemetryFile) -> Telemetry | None:
     try:
-        return file.read()
+        return file.read(records_max=RECORDS_READ)
     except CodecError as error:
         log.warning("telemetry is unreadable: %s", error)
         return None

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import aclosing
 
 from elastic_run.runtime.edge.lease import LeaseKeeper
+from elastic_run.runtime.edge.log import OutageLog
 from elastic_run.runtime.edge.store import EventKind, Put, Snapshot, Store, follow
 from elastic_run.runtime.protocol import codec
 from elastic_run.runtime.protocol.errors import CodecError, StoreError
@@ -41,6 +42,7 @@ class Presence:
     def __init__(self, store: Store, record: NodeRecord, lease_ttl_s: int) -> None:
         self._store, self._record, self._ttl_s = store, record, lease_ttl_s
         self._keeper: LeaseKeeper | None = None
+        self._outage = OutageLog(log, "the store")
 
     @property
     def held(self) -> bool:
@@ -51,7 +53,7 @@ class Presence:
             try:
                 await self._hold_once()
             except StoreError as error:
-                log.warning("this node's lease can not be had: %s", error)
+                self._outage.failed(time.monotonic(), error)
             await asyncio.sleep(RETRY_S)
 
     async def leave(self) -> None:
@@ -68,10 +70,11 @@ class Presence:
         lease_id = await self._store.lease_grant(self._ttl_s)
         async with LeaseKeeper(self._store, lease_id, self._ttl_s, granted_at_s=granted_at) as keeper:
             self._keeper = keeper
+            self._outage.worked(time.monotonic())
             key, value = node_key(self._record.node), codec.encode(self._record)
             await self._store.txn((), (Put(key=key, value=value, lease_id=lease_id),))
             await keeper.lost.wait()
-        log.warning("this node's lease is lost (%s); a new one is asked for", keeper.reason)
+        log.info("this node's lease is lost (%s); a new one is asked for", keeper.reason)
 
 
 async def read_token(store: Store) -> str | None:
@@ -98,5 +101,5 @@ async def follow_sync(
                         elif key == CURRENT_KEY:
                             on_current(codec.decode(CurrentView, value, where=key).number)
         except (StoreError, CodecError) as error:
-            log.warning("the store can not be followed: %s", error)
+            log.info("the store can not be followed: %s", error)
         await asyncio.sleep(RETRY_S)

@@ -14,7 +14,7 @@ from typing import Any
 
 from elastic_run.runtime.edge import rpc
 from elastic_run.runtime.protocol import wire
-from elastic_run.runtime.protocol.errors import CodecError, PeerError, PeerRefused, StoreError
+from elastic_run.runtime.protocol.errors import CodecError, PeerRefused, StoreError
 from elastic_run.runtime.protocol.messages import AgentMessage, ControllerMessage, Hello, Refused
 
 RETRY_S_MIN = 0.05
@@ -40,6 +40,7 @@ class ControllerSession:
         self._moved = asyncio.Event()
         self._queue: asyncio.Queue[AgentMessage] | None = None
         self._drained = asyncio.Event()
+        self._heard = False
 
     def leader_is(self, address: str | None) -> None:
         """The store names another leader, or none; an open stream to somebody else is left at once."""
@@ -85,64 +86,68 @@ class ControllerSession:
 
     async def _one_stream(self, address: str) -> tuple[bool, str]:
         """Return whether the controller ever answered, and why the stream ended."""
-        heard = False
+        self._heard = False
         try:
             token = await self._read_token()
             if token is None:
                 return False, "the job has no spec yet"
             async with rpc.open_channel(address) as channel:
                 call = rpc.session_call(channel)
-                tasks: list[asyncio.Task[Any]] = []
                 try:
-                    await asyncio.wait_for(call.wait_for_connection(), CONNECT_DEADLINE_S)
-                    queue: asyncio.Queue[AgentMessage] = asyncio.Queue(QUEUED_MAX)
-                    hello, self._queue = self._hello(token), queue  # one moment: what follows is in the queue
-                    await call.write(wire.agent_to_bytes(hello))
-                    self._moved.clear()
-                    tasks = [
-                        asyncio.create_task(self._pump(call, queue)),
-                        asyncio.create_task(self._moved.wait()),
-                        asyncio.create_task(call.read()),
-                    ]
-                    while True:
-                        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                        if tasks[2] in done:
-                            data = tasks[2].result()
-                            if not isinstance(data, bytes):
-                                return heard, _ending(await call.details())
-                            heard = True
-                            self._on_message(wire.controller_from_bytes(data))
-                            tasks[2] = asyncio.create_task(call.read())
-                        if tasks[1] in done:
-                            return heard, "another controller leads"
-                        if tasks[0] in done:
-                            tasks[0].result()
+                    reason = await self._converse(call, token)
                 finally:
-                    self._queue = None
-                    self._drained.set()
-                    for task in tasks:
-                        task.cancel()
-                    await asyncio.gather(*tasks, return_exceptions=True)
                     call.cancel()
         except rpc.RpcError as error:
             problem = rpc.translate(error, address)
             if isinstance(problem, PeerRefused):
                 self._on_message(Refused(reason=str(problem)))
-            return heard, str(problem)
+            reason = str(problem)
         except TimeoutError:
-            return heard, f"no connection within {CONNECT_DEADLINE_S:g} s"
-        except (CodecError, PeerError, StoreError) as error:
-            return heard, str(error)
+            reason = f"no connection within {CONNECT_DEADLINE_S:g} s"
+        except (CodecError, StoreError) as error:
+            reason = str(error)
         except asyncio.InvalidStateError:  # grpc: the call ended under a write
-            return heard, "the stream broke"
+            reason = "the stream broke"
+        return self._heard, reason
 
-    async def _pump(self, call: Any, queue: asyncio.Queue[AgentMessage]) -> None:
+    async def _converse(self, call: Any, token: str) -> str:
+        """Say hello, then pump both ways until the stream ends or somebody else leads; return why."""
+        await asyncio.wait_for(call.wait_for_connection(), CONNECT_DEADLINE_S)
+        queue: asyncio.Queue[AgentMessage] = asyncio.Queue(QUEUED_MAX)
+        hello, self._queue = self._hello(token), queue  # one moment: what follows the hello's state is in the queue
+        self._moved.clear()
+        tasks: list[asyncio.Task[str]] = []
+        try:
+            await call.write(wire.agent_to_bytes(hello))
+            tasks = [
+                asyncio.create_task(self._listen(call)),
+                asyncio.create_task(self._pump(call, queue)),
+                asyncio.create_task(self._until_moved()),
+            ]
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            return done.pop().result()
+        finally:
+            self._queue = None
+            self._drained.set()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _until_moved(self) -> str:
+        await self._moved.wait()
+        return "another controller leads"
+
+    async def _listen(self, call: Any) -> str:
+        while True:
+            data: object = await call.read()  # bytes, or grpc's end-of-file mark
+            if not isinstance(data, bytes):
+                return await call.details() or "the controller closed the stream"
+            self._heard = True
+            self._on_message(wire.controller_from_bytes(data))
+
+    async def _pump(self, call: Any, queue: asyncio.Queue[AgentMessage]) -> str:
         while True:
             message = await queue.get()
             await call.write(wire.agent_to_bytes(message))
             if queue.empty():
                 self._drained.set()
-
-
-def _ending(details: str | None) -> str:
-    return details or "the controller closed the stream"

@@ -68,8 +68,8 @@ class Surroundings:
     say: Callable[[str], None]
     """Takes one line for the user; called in the event loop."""
     bystanders: Callable[[], Container[int]] = frozenset
-    """Pids of this process's children that are not the group's; stop() takes any other child for a stray. Asked once, when
-    the workers are gone: no child may be started from then until stop() has ended."""
+    """Pids of this process's children that are not the group's; stop() takes any other child for a stray. Asked once,
+    when the workers are gone: no child may be started from then until stop() has ended."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -127,12 +127,17 @@ class WorkerGroup:
     async def stop(self, term_s: float, number: int = signal.SIGTERM) -> None:
         """End everything: signal each group, SIGKILL after `term_s` seconds, then whatever escaped the groups.
 
-        A second call may overlap the first, to shorten its patience. Raises InvariantViolated when a killed process
-        does not go away (it hangs in the kernel).
+        A second call may overlap the first, to shorten its patience; a cancelled one kills all groups at once. Raises
+        InvariantViolated when a killed process does not go away (it hangs in the kernel).
         """
         if self._stop_began_s is None:
             self._stop_began_s = time.monotonic()
-        await asyncio.gather(*(worker.process.stop(term_s, number) for worker in self.workers if worker.alive))
+        try:
+            await asyncio.gather(*(worker.process.stop(term_s, number) for worker in self.workers if worker.alive))
+        except asyncio.CancelledError:  # perhaps before any of these had begun
+            for worker in self.workers:
+                worker.process.signal_group(signal.SIGKILL)
+            raise
         if self._watchers:
             await asyncio.wait(self._watchers)  # not gather: a cancelled stop() must not cancel the reports
         for watcher in self._watchers:

@@ -2,8 +2,9 @@
 
 Invariants (tests/unit/test_blame.py):
 1. The first failure is the earliest by the controller's clock (arrival minus age); host clocks are never compared.
-2. Failures while a member node is lost are its consequence: named, not charged.
+2. Failures while a member node is lost are its consequence: named, not charged (core.py asks in that order).
 3. The budget is `max_restarts` charges; the next one ends the job.
+4. One failure per rank is kept, the first heard; of more than FAILURES_KEPT_MAX ranks, the earliest.
 """
 
 import signal
@@ -11,7 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from elastic_run.runtime.protocol.decision import Decision
+from elastic_run.runtime.protocol.ids import NodeId
 from elastic_run.runtime.protocol.messages import Failure
+
+FAILURES_KEPT_MAX = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +23,38 @@ class TimedFailure:
     at: float
     """Controller's monotonic clock."""
     failure: Failure
+
+
+class Failures:
+    """What is known of the installed view's failures and not answered yet."""
+
+    def __init__(self) -> None:
+        self._kept: list[TimedFailure] = []
+        self.heard_since: float | None = None
+        """When the first of them was heard, however long before it happened."""
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    @property
+    def first(self) -> Failure:
+        return first_failure(self._kept)
+
+    @property
+    def nodes(self) -> frozenset[NodeId]:
+        return frozenset(timed.failure.node for timed in self._kept)
+
+    def add(self, failure: Failure, now: float) -> None:
+        if any(timed.failure.rank == failure.rank for timed in self._kept):
+            return
+        if self.heard_since is None:
+            self.heard_since = now
+        self._kept.append(TimedFailure(at=now - max(0.0, failure.age_s), failure=failure))
+        if len(self._kept) > FAILURES_KEPT_MAX:
+            self._kept.remove(max(self._kept, key=lambda timed: (timed.at, timed.failure.rank)))
+
+    def clear(self) -> None:
+        self._kept, self.heard_since = [], None
 
 
 def first_failure(failures: Sequence[TimedFailure]) -> Failure:

@@ -20,7 +20,7 @@ from elastic_run.runtime.edge.files import read_bounded
 from elastic_run.runtime.edge.log import set_up_logging
 from elastic_run.runtime.protocol import codec
 from elastic_run.runtime.protocol.config import ControllerConfig, JobConfig
-from elastic_run.runtime.protocol.errors import CodecError, StoreCorrupt, UserError
+from elastic_run.runtime.protocol.errors import CodecError, StoreCorrupt, UserError, VersionMismatch
 from elastic_run.runtime.protocol.ids import JobId, check_name
 from elastic_run.runtime.protocol.records import namespace
 
@@ -100,7 +100,7 @@ async def _run(config: ControllerConfig) -> int:
         if not received:
             raise
         return EXIT_BY_SIGNAL + received[0]
-    except StoreCorrupt as error:
+    except (StoreCorrupt, VersionMismatch) as error:
         print(f"elastic-controller: {error}", file=sys.stderr)
         return EXIT_CORRUPT
     finally:

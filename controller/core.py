@@ -16,9 +16,8 @@ import dataclasses
 import math
 from typing import assert_never
 
-from elastic_run.controller import admission, blame, quorum, suspicion
+from elastic_run.controller import admission, assignment, blame, quorum, suspicion
 from elastic_run.controller.actions import Action, CloseConnection, EndJob, Persist, Put, Send
-from elastic_run.controller.blame import TimedFailure
 from elastic_run.controller.change import Change, advance
 from elastic_run.controller.events import (
     AgentConnected,
@@ -63,7 +62,7 @@ from elastic_run.runtime.protocol.records import (
     JobState,
     view_key,
 )
-from elastic_run.runtime.protocol.view import Member, Placement, View, ViewStatus
+from elastic_run.runtime.protocol.view import Member, View, ViewStatus
 
 FAILURE_SETTLE_S = 0.3
 """Time given to other nodes' failures and to a broken stream to arrive before a worker failure is judged."""
@@ -73,7 +72,6 @@ PREPARE_TIMEOUT_S = 60.0
 """A member that has not reached its safe point by then is left out; agents stop workers within 5 s plus the kill."""
 SAFE_POINT_AHEAD_S = 1.5
 """How far ahead of the newest heard step workers park: one heartbeat, one transaction, one message."""
-FAILURES_KEPT_MAX = 64
 
 
 class ControllerCore:
@@ -93,8 +91,8 @@ class ControllerCore:
         #: highest number ever proposed
         self.highest = max((v.number for v in records.views), default=ViewNumber(0))
         self.restarts_used = max((v.restart_count for v in records.views), default=0)
-        #: failures of the installed view by arrival, bounded, one per rank
-        self.failures: list[TimedFailure] = []
+        #: failures of the installed view that no decision has answered yet
+        self.failures = blame.Failures()
         #: what keeps a view from forming; empty when nothing does
         self.waiting_for = ""
         self._enough_since: float | None = None
@@ -106,7 +104,7 @@ class ControllerCore:
         last = records.views[-1] if records.views else None
         if last is not None and last.status in (ViewStatus.PROPOSED, ViewStatus.PREPARED):
             self.change = Change(view=last, begun_at=began.now)
-        for view in (self.view, last):
+        for view in (last, self.view):  # of two incarnations of a name the newer one counts
             self.roster.adopt(view.members if view else (), began.now)
         for record in records.nodes:
             self.roster.lease_seen(record.node, record.incarnation)
@@ -185,7 +183,7 @@ class ControllerCore:
         self.highest = max(self.highest, hello.state.view)
         current = self.view.number if self.view else ViewNumber(0)
         self._send(connection, Welcome(message=self._greeting(node), current_view=current))
-        self._tell_what_it_missed(node)
+        self._tell_what_it_missed(connection, node)
         if hello.state.view == current:
             self._failed(hello.failures)
 
@@ -198,31 +196,32 @@ class ControllerCore:
             return f"all {self.job.nodes_max} places are taken: this node waits as a spare"
         return f"view {self.view.number} runs with {len(self.view.members)} nodes"
 
-    def _tell_what_it_missed(self, node: Node) -> None:
+    def _tell_what_it_missed(self, connection: int, node: Node) -> None:
         """Agents take every message twice without harm, so a new stream repeats whatever may have been lost."""
         change, view = self.change, self.view
         if change is not None and change.view.holds(node.node, node.incarnation):
             if node.prepared_view != change.view.number:
                 self._send_prepare(node, change.view)
         elif view is not None and view.holds(node.node, node.incarnation) and node.state.phase is AgentPhase.PREPARED:
-            self._send_install(node, view)
+            self._send(connection, assignment.installs(view)[node.node])
 
     def _spoke(self, node: Node, event: AgentSpoke) -> None:
         node.heard_at = event.now
         current = self.view.number if self.view else ViewNumber(0)
         match event.message:
             case Heartbeat(state=state):
-                node.state = state
+                node.take(state)
                 node.stuck = node.stuck and state.phase is AgentPhase.PREPARING
             case Prepared(view=view, master_port=port):
-                node.prepared_view, node.master_port, node.stuck = view, port, False
-                node.state = dataclasses.replace(node.state, view=view, phase=AgentPhase.PREPARED, workers_alive=0)
+                if view > current and view >= node.prepared_view:
+                    node.prepared_view, node.master_port, node.stuck = view, port, False
+                    node.take(AgentState(view=view, phase=AgentPhase.PREPARED))
             case WorkersFailed(view=view, failures=failures):
                 if view == current:
                     self._failed(failures)
             case WorkersFinished(view=view):
                 if view == current:
-                    node.state = dataclasses.replace(node.state, view=view, phase=AgentPhase.FINISHED)
+                    node.finished_view = view
             case Leaving(reason=reason):
                 node.said_goodbye = reason or "no reason given"
             case Hello():
@@ -232,18 +231,15 @@ class ControllerCore:
 
     def _failed(self, failures: tuple[Failure, ...]) -> None:
         for failure in failures:
-            known = any(timed.failure.rank == failure.rank for timed in self.failures)
-            if known or len(self.failures) >= FAILURES_KEPT_MAX:
-                continue
             if not self.failures:
                 self.journal.note(EventKind.WORKER_FAILED, blame.describe(failure), node=failure.node)
-            self.failures.append(TimedFailure(at=self._now - max(0.0, failure.age_s), failure=failure))
+            self.failures.add(failure, self._now)
 
     # Who is alive
 
     def _judge(self) -> None:
-        failed_at = self.failures[0].at if self.failures else None
-        for turn in self.roster.judge(self._now, peers_failed_at=failed_at):
+        members = self.view.members if self.view is not None and self.failures else ()
+        for turn in self.roster.judge(self._now, members=members, failed=self.failures.nodes):
             node, name = turn.node, turn.node.node
             if node.condition is Condition.DEAD:
                 self._lose(node, turn.reason)
@@ -268,22 +264,26 @@ class ControllerCore:
         if view is None:
             self._form("the job starts")
             return
-        lost = [member.node for member in view.members if not self._stands(member)]
+        lost = [member.node for member in view.members if not self._stands(member, view)]
         if lost and self._may_return(view):
             return
+        if not lost:
+            self._short_since, self.waiting_for = None, ""
         if lost:
             self._form(f"{_names(lost)} lost, {len(view.members) - len(lost)} of {len(view.members)} nodes remain")
-        elif all(self._finished(member) for member in view.members):
-            self._end(JobState.SUCCEEDED, f"all {view.world_size} workers of view {view.number} finished")
+        elif self._all_finished(view):
+            self._succeed(view)
         elif self.failures:
             self._answer_failures(view)
         else:
             self._consider_joiners(view)
 
-    def _stands(self, member: Member) -> bool:
-        """The member is still this incarnation and has not fenced itself off."""
+    def _stands(self, member: Member, view: View) -> bool:
+        """The member is still this incarnation, and nothing it says contradicts that its workers are of this view."""
         node = self.roster.holder(member)
-        return node is not None and not (node.connection is not None and node.state.phase is AgentPhase.IDLE)
+        if node is None or node.connection is None:
+            return node is not None
+        return node.state.view == view.number and node.state.phase not in (AgentPhase.IDLE, AgentPhase.PREPARING)
 
     def _may_return(self, view: View) -> bool:
         """A survivor whose stream just broke is given its grace, so that one view change serves."""
@@ -294,10 +294,12 @@ class ControllerCore:
             for node in map(self.roster.holder, view.members)
         )
 
-    def _finished(self, member: Member) -> bool:
+    def _finished(self, member: Member, view: View) -> bool:
         node = self.roster.holder(member)
-        done = node is not None and node.state.phase is AgentPhase.FINISHED
-        return done and node is not None and self.view is not None and node.state.view == self.view.number
+        return node is not None and node.finished_view == view.number
+
+    def _all_finished(self, view: View) -> bool:
+        return all(self._finished(member, view) for member in view.members)
 
     def _suspects(self, view: View) -> bool:
         holders = [self.roster.holder(member) for member in view.members]
@@ -305,17 +307,20 @@ class ControllerCore:
 
     def _joiners(self, view: View) -> list[NodeId]:
         free = self.job.nodes_max - len(view.members)
-        return [n.node for n in self.roster if n.available and view.member(n.node) is None][: max(0, free)]
+        if free <= 0:
+            return []
+        inside = {member.node for member in view.members}
+        return [n.node for n in self.roster if n.available and n.node not in inside][:free]
 
     def _answer_failures(self, view: View) -> None:
-        if self._now < min(timed.at for timed in self.failures) + FAILURE_SETTLE_S:
+        if self.failures.heard_since is None or self._now < self.failures.heard_since + FAILURE_SETTLE_S:
             return
         if self._suspects(view):
             return  # either it comes back within its grace, or it is lost and these failures are its consequence
         decision = blame.may_restart(
             restarts_used=self.restarts_used,
             max_restarts=self.job.max_restarts,
-            culprit=blame.first_failure(self.failures),
+            culprit=self.failures.first,
         )
         if decision.value:
             self._form(decision.reason, charge=1)
@@ -324,7 +329,7 @@ class ControllerCore:
 
     def _consider_joiners(self, view: View) -> None:
         joiners = self._joiners(view)
-        if not joiners or self._suspects(view) or any(self._finished(member) for member in view.members):
+        if not joiners or self._suspects(view) or any(self._finished(member, view) for member in view.members):
             self._joiner_since = None
             return
         if self._joiner_since is None:
@@ -334,7 +339,7 @@ class ControllerCore:
 
     def _boundary(self, view: View) -> int | None:
         """Return the step after which all workers park; None when no steps are counted (yet)."""
-        states: list[AgentState] = [n.state for n in map(self.roster.holder, view.members) if n is not None]
+        states = [n.state for n in map(self.roster.holder, view.members) if n is not None and n.runs(view.number)]
         newest = max((state.step_max for state in states), default=0)
         ahead = math.ceil(max((state.step_rate_hz for state in states), default=0.0) * SAFE_POINT_AHEAD_S)
         return newest + 2 + ahead if newest else None
@@ -368,20 +373,22 @@ class ControllerCore:
             chosen = quorum.choose(candidates, self.job.nodes_max)
         elif survivors:
             chosen = quorum.choose(survivors, self.job.nodes_max)
-        else:
-            self._abandon()
+        else:  # nobody is left who could prepare: the next nodes form anew
+            if puts := self._abandoned():
+                self._out.append(Persist(puts=puts))
+            if self.view is not None:
+                self._hold(len(candidates))
             return
         self._propose(chosen, f"{why}; {decision.reason}", self.restarts_used + charge, stop_at_step)
 
-    def _abandon(self) -> None:
-        """Nobody is left who could prepare: the next nodes form anew."""
-        if self.change is not None:
-            abandoned = advance(self.change.view, ViewStatus.ABANDONED)
-            self._out.append(Persist(puts=(Put(key=view_key(abandoned.number), record=abandoned),)))
-            self.change = None
+    def _abandoned(self) -> tuple[Put, ...]:
+        """Give the change up, if there is one; it has to be written together with what takes its place."""
+        if self.change is None:
+            return ()
+        abandoned, self.change = advance(self.change.view, ViewStatus.ABANDONED), None
+        return (Put(key=view_key(abandoned.number), record=abandoned),)
 
     def _propose(self, chosen: tuple[NodeId, ...], reason: str, restarts: int, stop_at_step: int | None) -> None:
-        self._abandon()
         self.highest = ViewNumber(self.highest + 1)
         nodes = [node for node in map(self.roster.get, chosen) if node is not None]
         view = View(
@@ -394,7 +401,8 @@ class ControllerCore:
             stop_at_step=stop_at_step,
         )
         self.journal.note(EventKind.VIEW_PROPOSED, f"view {view.number} proposed: {reason}", view=view.number)
-        self._out.append(Persist(puts=(Put(key=view_key(view.number), record=view, create=True),)))
+        self._out.append(Persist(puts=(*self._abandoned(), Put(key=view_key(view.number), record=view, create=True))))
+        self.failures.clear()  # this view answers them
         self.change, self.restarts_used = Change(view=view, begun_at=self._now), restarts
         self._joiner_since = None
         for node in nodes:
@@ -402,22 +410,32 @@ class ControllerCore:
 
     def _drive(self, change: Change) -> None:
         view = change.view
+        if self.view is not None and self._all_finished(self.view):
+            self._succeed(self.view)  # they came to their end before they came to their safe point
+            return
         holders = [self.roster.holder(member) for member in view.members]
         gone = [m.node for m, node in zip(view.members, holders, strict=True) if node is None or node.stuck]
-        if gone:
+        waits = self._may_return(view)
+        if gone and not waits:
             self._form(f"{_names(gone)} lost while view {view.number} was prepared")
+        if gone:
             return
         members = [node for node in holders if node is not None]
         unready = [node for node in members if node.prepared_view != view.number]
         if unready and self._now - change.begun_at >= PREPARE_TIMEOUT_S:
             for node in unready:
                 self._leave_out(node)
-        elif (joiners := self._joiners(view)) and len(members) + len(joiners) >= self.job.nodes_min:
-            self._form(f"{_names(joiners)} joined while view {view.number} was prepared")
+        elif not waits and (joiners := self._joiners(view)) and self._enough(members, joiners):
+            self._form(
+                f"{_names(joiners)} joined while view {view.number} was prepared", stop_at_step=view.stop_at_step
+            )
         elif not unready and len(members) >= self.job.nodes_min:
             self._install(change, members)
         elif not unready:
             self._hold(len(members))
+
+    def _enough(self, members: list[Node], joiners: list[NodeId]) -> bool:
+        return sum(node.available for node in members) + len(joiners) >= self.job.nodes_min
 
     def _leave_out(self, node: Node) -> None:
         node.stuck = True
@@ -434,8 +452,7 @@ class ControllerCore:
 
     def _install(self, change: Change, members: list[Node]) -> None:
         prepared = dataclasses.replace(
-            change.view,
-            status=ViewStatus.PREPARED,
+            advance(change.view, ViewStatus.PREPARED),
             master_addr=members[0].address,
             master_port=members[0].master_port,
         )
@@ -447,15 +464,21 @@ class ControllerCore:
         story = f"view {view.number} installed {self._now - change.begun_at:.2f} s after its proposal"
         size = f"{len(view.members)} nodes, {view.world_size} workers"
         self.journal.note(EventKind.VIEW_INSTALLED, f"{story}: {size}", view=view.number)
-        self.view, self.change, self.failures = view, None, []
+        self.view, self.change = view, None
+        self.failures.clear()
         self._short_since, self._enough_since, self.waiting_for = None, None, ""
+        messages = assignment.installs(view)
         for node in members:
-            self._send_install(node, view)
+            if node.connection is not None:  # else its next hello says that it still waits
+                self._send(node.connection, messages[node.node])
+
+    def _succeed(self, view: View) -> None:
+        self._end(JobState.SUCCEEDED, f"all {view.world_size} workers of view {view.number} finished")
 
     def _end(self, state: JobState, message: str) -> None:
         self.result = JobResult(state=state, message=message, at=self.journal.wall)
         self.journal.note(EventKind.JOB_ENDED, f"job {state}: {message}")
-        self._out.append(Persist(puts=(Put(key=RESULT_KEY, record=self.result, create=True),)))
+        self._out.append(Persist(puts=(*self._abandoned(), Put(key=RESULT_KEY, record=self.result, create=True))))
         for connection in self.roster.connections:
             self._send_result(connection, self.result)
         self._out.append(EndJob(result=self.result))
@@ -468,26 +491,6 @@ class ControllerCore:
     def _send_prepare(self, node: Node, view: View) -> None:
         if node.connection is not None:
             self._send(node.connection, Prepare(view=view.number, reason=view.reason, stop_at_step=view.stop_at_step))
-
-    def _send_install(self, node: Node, view: View) -> None:
-        if node.connection is None:
-            return  # its next hello says that it is still waiting
-        if view.master_addr is None or view.master_port is None:
-            raise InvariantViolated(f"view {view.number} is installed without a master")
-        placement = Placement.of(view)
-        group_rank = next(i for i, member in enumerate(view.members) if member.node == node.node)
-        message = Install(
-            view=view.number,
-            reason=view.reason,
-            group_rank=group_rank,
-            group_world_size=len(view.members),
-            first_rank=placement.first_ranks[group_rank],
-            world_size=placement.world_size,
-            master_addr=view.master_addr,
-            master_port=view.master_port,
-            restart_count=view.restart_count,
-        )
-        self._send(node.connection, message)
 
     def _send_result(self, connection: int, result: JobResult) -> None:
         self._send(connection, JobEnded(succeeded=result.state is JobState.SUCCEEDED, message=result.message))

@@ -34,6 +34,7 @@ from elastic_run.controller.report import report
 from elastic_run.controller.server import AgentServer
 from elastic_run.runtime.edge.election import Fence, campaign, fenced_txn, resign, until_lost
 from elastic_run.runtime.edge.lease import LeaseKeeper
+from elastic_run.runtime.edge.log import OutageLog
 from elastic_run.runtime.edge.store import Delete, EventKind, Put, Snapshot, Store, WatchBatch, Write, absent, follow
 from elastic_run.runtime.protocol import codec
 from elastic_run.runtime.protocol.config import ControllerConfig
@@ -75,7 +76,7 @@ class ControllerDriver:
         self._outbox: asyncio.Queue[Action] = asyncio.Queue(ACTIONS_QUEUED_MAX)
         self._causes = itertools.count(1)
         self._address = ""
-        self.reaches_store = False
+        self.outage = OutageLog(log, "the store")
         self._ended = asyncio.Event()
         self.server = AgentServer(
             on_connected=self._connected, on_spoke=self._spoke, on_disconnected=self._disconnected, report=self._report
@@ -104,10 +105,9 @@ class ControllerDriver:
         except StoreCorrupt:
             raise
         except StoreError as error:
-            self.reaches_store = False
-            log.warning("the store is away: %s", error)
+            self.outage.failed(time.monotonic(), error)
             return False
-        self.reaches_store = True
+        self.outage.worked(time.monotonic())
         keeper = LeaseKeeper(self._store, lease_id, self._config.lease_ttl_s, granted_at_s=granted_at)
         try:
             async with keeper:
@@ -117,7 +117,7 @@ class ControllerDriver:
         except StoreCorrupt:
             raise
         except StoreError as error:
-            log.warning("the store is away: %s", error)
+            self.outage.failed(time.monotonic(), error)
         finally:
             await self._give_back(keeper)
         return False
@@ -129,6 +129,7 @@ class ControllerDriver:
             log.info("the lease runs out by itself: %s", error)
 
     async def _candidacy(self, keeper: LeaseKeeper) -> bool:
+        await self._check_records()
         record = codec.encode(LeaderRecord(candidate=self._config.candidate, address=self._address))
         tasks = [
             asyncio.create_task(campaign(self._store, key=LEADER_KEY, value=record, lease_id=keeper.lease_id)),
@@ -138,6 +139,8 @@ class ControllerDriver:
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             winning, lost, result = tasks
+            if result.done() and not winning.done():  # who ended the job may be gone before all agents were told
+                await asyncio.wait((winning, lost), timeout=2 * FAREWELL_S, return_when=asyncio.FIRST_COMPLETED)
             if winning.done():
                 return await self._lead(keeper, winning.result())  # type: ignore[arg-type]
             if result.done() and not result.exception():
@@ -145,6 +148,11 @@ class ControllerDriver:
             raise TermOver(keeper.reason if lost.done() else "the campaign was cut short")
         finally:
             await _cancel(tasks)
+
+    async def _check_records(self) -> None:
+        """Raise StoreCorrupt or VersionMismatch before anything is written where others keep something."""
+        found = await self._store.list("")
+        decode_job(self.job_id, ((item.key, item.value) for item in found.items))
 
     async def _until_result(self) -> None:
         """Return when some other controller has ended the job."""
@@ -304,9 +312,10 @@ class ControllerDriver:
             except FenceLost as error:
                 raise TermOver(str(error)) from None
             except StoreError as error:
-                log.warning("a decision waits for the store: %s", error)
+                self.outage.failed(time.monotonic(), error)
                 await asyncio.sleep(STORE_RETRY_S)
                 continue
+            self.outage.worked(time.monotonic())
             if not result.succeeded:
                 keys = ", ".join(put.key for put in action.puts if put.create)
                 raise StoreCorrupt(f"somebody else wrote one of {keys} of job {self._config.job.job_id}")
@@ -316,10 +325,11 @@ class ControllerDriver:
 
     async def _until_ended(self, core: ControllerCore) -> None:
         """Return when the result is durable and the agents took note, or had the time to."""
-        if core.result is None:
+        late = core.result is not None  # it ended under another leader: agents that missed it have yet to come
+        if not late:
             await self._ended.wait()
         deadline = time.monotonic() + FAREWELL_S
-        while self.server.open_streams and time.monotonic() < deadline:  # noqa: ASYNC110 - bounded and rare
+        while (late or self.server.open_streams) and time.monotonic() < deadline:  # noqa: ASYNC110 - bounded and rare
             await asyncio.sleep(TICK_BUSY_S)
 
 

@@ -3,7 +3,7 @@
 Invariants:
 1. Sequence numbers grow by one across leaders; entries older than EVENTS_MAX are deleted with the write of the new one
    (tests/unit/test_journal.py).
-2. An entry is written together with the first Persist after it, or in one of its own; never lost, never before.
+2. An entry is written with the last Persist of its moment, so never before what it tells, or in one of its own.
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from elastic_run.controller.actions import Action, Persist, Put
 from elastic_run.runtime.protocol.records import EVENTS_MAX, EventKind, EventRecord, event_key
 
 ENTRIES_PER_EVENT_MAX = 32
+MESSAGE_CHARS_MAX = 2000
 
 
 class Journal:
@@ -24,20 +25,20 @@ class Journal:
 
     def note(self, kind: EventKind, message: str, *, node: str | None = None, view: int | None = None) -> None:
         self._sequence += 1
-        self.last = message
+        self.last = message = message[:MESSAGE_CHARS_MAX]
         self._pending.append(
             EventRecord(sequence=self._sequence, at=self.wall, kind=kind, message=message, node=node, view=view)
         )
 
     def weave(self, actions: list[Action]) -> list[Action]:
-        """Return the actions with the entries noted meanwhile made durable by the first Persist among them."""
+        """Return the actions with the entries noted meanwhile made durable by the last Persist among them."""
         if not self._pending:
             return actions
         self._shorten()
         puts = tuple(Put(key=event_key(e.sequence), record=e, create=True) for e in self._pending)
         old = tuple(event_key(e.sequence - EVENTS_MAX) for e in self._pending if e.sequence > EVENTS_MAX)
         self._pending = []
-        for i, action in enumerate(actions):
+        for i, action in reversed(tuple(enumerate(actions))):
             if isinstance(action, Persist):
                 woven = Persist(puts=(*action.puts, *puts), deletes=(*action.deletes, *old))
                 return [*actions[:i], woven, *actions[i + 1 :]]

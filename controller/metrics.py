@@ -39,4 +39,4 @@ def samples(driver: ControllerDriver) -> list[Sample]:
 
 def _healthy(driver: ControllerDriver) -> tuple[bool, str]:
     """A candidate that follows is as healthy as one that leads; one that lost the store for long is not."""
-    return driver.reaches_store, "leads" if driver.core is not None else "follows"
+    return not driver.outage.away, "leads" if driver.core is not None else "follows"

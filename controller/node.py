@@ -31,7 +31,10 @@ class Node:
     #: the break is a leader's taking over, not the node's doing
     adopted: bool
     said_goodbye: str = ""
+    #: its newest account of itself
     state: AgentState = UNKNOWN_STATE
+    #: newest view all of its workers finished in
+    finished_view: ViewNumber = NO_VIEW
     #: acknowledged view and the master port reserved for it
     prepared_view: ViewNumber = NO_VIEW
     master_port: int = 0
@@ -44,6 +47,15 @@ class Node:
     def available(self) -> bool:
         """It can be told to prepare a view."""
         return self.connection is not None and self.condition is Condition.ALIVE and not self.stuck
+
+    def take(self, state: AgentState) -> None:
+        self.state = state
+        if state.phase is AgentPhase.FINISHED:
+            self.finished_view = max(self.finished_view, state.view)
+
+    def runs(self, view: ViewNumber) -> bool:
+        """Its steps are steps of this view."""
+        return self.state.view == view and self.state.phase is AgentPhase.RUNNING
 
     def as_member(self) -> Member:
         return Member(node=self.node, incarnation=self.incarnation, address=self.address, nproc=self.nproc)

@@ -1,6 +1,6 @@
 """Decides whether the nodes at hand may form a view now, and which of them.
 
-Invariants (tests/unit/test_quorum.py, tests/property/test_quorum.py):
+Invariants (tests/unit/test_quorum.py, tests/property/test_quorum_property.py):
 1. Never fewer than nodes_min, never more than nodes_max.
 2. A forming job starts at once with nodes_max, else when nodes_min have been there for the last-call time.
 3. A job that already ran goes on at once with nodes_min or more: nothing is gained by letting survivors wait.

@@ -8,9 +8,8 @@ from elastic_run.runtime.protocol.messages import StatusReport
 def report(core: ControllerCore) -> StatusReport:
     """Return a report; steps and rates are those of the installed view's members."""
     view = core.view
-    nodes = tuple(
-        node.report(in_view=view is not None and view.holds(node.node, node.incarnation)) for node in core.roster
-    )
+    inside = {(member.node, member.incarnation) for member in view.members} if view else set()
+    nodes = tuple(node.report(in_view=(node.node, node.incarnation) in inside) for node in core.roster)
     states = [node.state for node in nodes if node.in_view]
     condition, reason = _condition(core)
     return StatusReport(
@@ -37,6 +36,6 @@ def _condition(core: ControllerCore) -> tuple[str, str]:
         return str(core.result.state), core.result.message
     if core.change is not None:
         return "changing", core.waiting_for or core.change.view.reason
-    if core.view is None:
+    if core.view is None or core.waiting_for:
         return "forming", core.waiting_for
     return "running", core.view.reason

@@ -6,7 +6,7 @@ Invariants:
 Not here: the rule by which a node is judged (suspicion.py); who is refused (admission.py).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from elastic_run.controller import suspicion
@@ -82,7 +82,8 @@ class Roster:
         if node.adopted:  # it only had to find the new leader
             node.condition = Condition.ALIVE
         node.connection, node.broken_at, node.adopted, node.heard_at = connection, None, False, now
-        node.node_rank, node.state = hello.node_rank, hello.state
+        node.node_rank = hello.node_rank
+        node.take(hello.state)
         if hello.state.phase is AgentPhase.PREPARED and hello.master_port is not None:
             node.prepared_view, node.master_port = hello.state.view, hello.master_port
         return node, replaced, new
@@ -105,11 +106,18 @@ class Roster:
         if self._leases.get(node) == incarnation:
             del self._leases[node]
 
-    def judge(self, now: float, *, peers_failed_at: float | None) -> list[Turn]:
-        """Judge every node anew; return those whose condition changed, in order of arrival."""
+    def judge(
+        self, now: float, *, members: Sequence[Member] = (), failed: frozenset[NodeId] = frozenset()
+    ) -> list[Turn]:
+        """Judge every node anew; return those whose condition changed, in order of arrival.
+
+        Workers of the `failed` nodes have failed: that counts against the other `members` of their view.
+        """
+        inside = {member.node for member in members}
         turns = []
         for node in self._nodes.values():
-            verdict = suspicion.judge(self._evidence(node, now, peers_failed_at))
+            peers_failed = node.node in inside and len(failed) > (node.node in failed)
+            verdict = suspicion.judge(self._evidence(node, now, peers_failed=peers_failed))
             before, node.condition = node.condition, verdict.value
             node.condition_reason = verdict.reason
             if verdict.value is not before:
@@ -141,7 +149,7 @@ class Roster:
         self._nodes[member.node] = node
         return node
 
-    def _evidence(self, node: Node, now: float, peers_failed_at: float | None) -> Evidence:
+    def _evidence(self, node: Node, now: float, *, peers_failed: bool) -> Evidence:
         since = node.broken_at if node.broken_at is not None else node.heard_at
         return Evidence(
             said_goodbye=node.said_goodbye,
@@ -149,5 +157,5 @@ class Roster:
             heard_age_s=None if node.connection is None else now - node.heard_at,
             unheard_age_s=now - since,
             adopted=node.adopted,
-            peers_failed=peers_failed_at is not None,
+            peers_failed=peers_failed,
         )

@@ -124,7 +124,7 @@ class AgentServer:
 
     async def _read(self, connection: int, context: grpc.aio.ServicerContext[bytes, bytes]) -> str:
         while True:
-            data = await context.read()
+            data: object = await context.read()  # bytes, or grpc's end-of-file mark
             if not isinstance(data, bytes):
                 return "the agent closed it"
             try:

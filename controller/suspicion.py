@@ -1,10 +1,10 @@
 """Judges whether a node is alive, from all the evidence there is.
 
-Invariants (tests/unit/test_suspicion.py):
+Invariants (tests/unit/test_suspicion.py, row by row):
 1. A node that still talks to us is alive, whatever its lease says: one witness is never enough.
 2. A broken stream alone makes a suspect, at once; with a second witness (lease gone, peers' workers failing, or it
    said goodbye) the node is dead.
-3. A silent node (no break, no word) is dead no later than its lease.
+3. A silent node (no break, no word) is dead with its lease; one that keeps its lease but obeys nothing, in the end.
 Source: failure evidence of DESIGN section 4; Lifeguard's refutation by a returning node is the reconnect grace.
 Not here: what follows from a verdict (core.py).
 """
@@ -76,6 +76,9 @@ def judge(evidence: Evidence) -> Decision[Condition]:
 def _judge_open(e: Evidence, heard_age_s: float) -> Decision[Condition]:
     if heard_age_s <= SILENCE_S:
         return Decision(Condition.ALIVE, "it talks")
-    if e.lease_held:
-        return Decision(Condition.SUSPECT, f"silent for {heard_age_s:.1f} s, its lease is held")
-    return Decision(Condition.DEAD, f"silent for {heard_age_s:.1f} s and its lease is gone")
+    if not e.lease_held:
+        return Decision(Condition.DEAD, f"silent for {heard_age_s:.1f} s and its lease is gone")
+    story = f"silent for {heard_age_s:.1f} s, its lease is held"
+    if heard_age_s >= ISOLATION_S:
+        return Decision(Condition.DEAD, f"{story}: it can not be reached to obey a plan")
+    return Decision(Condition.SUSPECT, story)

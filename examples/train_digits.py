@@ -13,6 +13,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# Imported while no process group exists, for its functions keep the group of that moment as default argument. Imported
+# later (DDP does it), they keep gloo's threads alive into the interpreter's end; one that then frees a tensor aborts.
+import torch.distributed.nn
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel

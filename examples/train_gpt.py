@@ -20,12 +20,17 @@ import sys
 import sysconfig
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+
+# Imported while no process group exists, for its functions keep the group of that moment as default argument. Imported
+# later (DDP does it), they keep gloo's threads alive into the interpreter's end; one that then frees a tensor aborts.
+import torch.distributed.nn
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -155,7 +160,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self.core.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY
         )
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._lr_factor)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, partial(lr_factor, args))
         self._load_snapshot()
         self.model: nn.Module = self.core
         if world.launched:
@@ -170,14 +175,6 @@ class Trainer:
         self.step_times_s: list[float] = []
         self._step_started_s = self._logged_at_s = time.perf_counter()
         self._logged_tokens = self.progress.tokens
-
-    def _lr_factor(self, step: int) -> float:
-        """Linear warm-up, then a cosine down to a tenth."""
-        if step < self.args.warmup_steps:
-            return (step + 1) / self.args.warmup_steps
-        span = max(1, self.args.decay_steps - self.args.warmup_steps)
-        done = min(1.0, (step - self.args.warmup_steps) / span)
-        return LR_FLOOR_FRACTION + (1 - LR_FLOOR_FRACTION) * 0.5 * (1 + math.cos(math.pi * done))
 
     def train(self) -> None:
         """Steps until `--steps`, epoch after epoch, from wherever the snapshot left off."""
@@ -277,6 +274,15 @@ class Trainer:
         self.core.train()
         total, windows = self.world.sum(total, len(mine))
         return total / windows
+
+
+def lr_factor(args: argparse.Namespace, step: int) -> float:
+    """Linear warm-up, then a cosine down to a tenth."""
+    if step < args.warmup_steps:
+        return (step + 1) / args.warmup_steps
+    span = max(1, args.decay_steps - args.warmup_steps)
+    done = min(1.0, (step - args.warmup_steps) / span)
+    return LR_FLOOR_FRACTION + (1 - LR_FLOOR_FRACTION) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def loss_of(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:

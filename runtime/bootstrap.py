@@ -1,8 +1,8 @@
 """What a worker's process runs: `python bootstrap.py SCRIPT ARGS...` or `python bootstrap.py -m MODULE ARGS...`.
 
 Ties the process to the agent its environment names, then runs the script as Python would have; without such an agent it
-only runs the script. `python -m elastic_run.runtime.bootstrap` does the
-same, but Python then first searches the working directory, where anything may lie.
+only runs the script. `python -m elastic_run.runtime.bootstrap` does the same, but Python then first searches the
+working directory, where anything may lie.
 Invariants (tests/integration/test_bootstrap.py):
 1. The script sees what it would see under plain Python: argv, path, `__main__`, exit code, traceback.
 2. Before the script, only parts of the standard library and of this package are imported.
@@ -34,12 +34,10 @@ def main() -> None:
         notice(USAGE)
         sys.exit(EXIT_USAGE)
     attached = "ELASTIC_RUN_AGENT_SOCKET" in os.environ
-    # An agent gives -P for the bootstrap's own start; only the user's own wish reaches the script.
-    safe_path = bool(sys.flags.isolated or os.environ.get("PYTHONSAFEPATH") or (sys.flags.safe_path and not attached))
-    sys.orig_argv = _without_bootstrap(sys.orig_argv, len(words), drop_safe_path=sys.flags.safe_path and not safe_path)
+    sys.orig_argv = _without_bootstrap(sys.orig_argv, len(words))
     on_end = _attach() if attached else _no_agent
     run = script_main.run_module if by_module else script_main.run_script
-    run(target[0], args, on_end, safe_path=safe_path)
+    run(target[0], args, on_end, safe_path=bool(sys.flags.safe_path))
 
 
 def _attach() -> script_main.OnEnd:
@@ -58,11 +56,10 @@ def _no_agent(_error: BaseException | None) -> None:
     return None
 
 
-def _without_bootstrap(command: list[str], words: int, *, drop_safe_path: bool) -> list[str]:
+def _without_bootstrap(command: list[str], words: int) -> list[str]:
     """Return the command line as it would be without us, for scripts that start themselves again."""
     head, tail = command[: len(command) - words], command[len(command) - words :]
-    head = head[:-2] if head[-2:] == ["-m", OWN_MODULE] else head[:-1]
-    return [word for word in head if not (drop_safe_path and word == "-P")] + tail
+    return (head[:-2] if head[-2:] == ["-m", OWN_MODULE] else head[:-1]) + tail
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import shutil
 import signal
 import socket
 import sysconfig
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 
 from elastic_run.runtime.edge.http_probe import probe
@@ -34,6 +34,9 @@ READY_RETRY_S = 0.01
 PORT_ATTEMPTS_MAX = 3
 """A free port can be taken by another process before etcd binds it."""
 STOP_TIMEOUT_S = 2.0
+LINGER_S = 10.0
+"""How long the store outlives its own node's agent while others, which learn the job's end from it, are connected."""
+LINGER_RETRY_S = 0.1
 HEARTBEAT_MS = 50
 ELECTION_MS = 250
 LOG_TAIL_BYTES = 2000
@@ -125,6 +128,29 @@ class EmbeddedEtcd:
             self._say(f"the embedded etcd {exit_}; starting it again on the same data")
             await asyncio.sleep(pause_s)
             await self._run_until_ready()
+
+    async def linger(self, own_pids: Container[int | None]) -> None:
+        """At an address that other nodes use: wait until only `own_pids` are connected, at most LINGER_S."""
+        if self._listen is None or self._process is None or self._connections_of_others(own_pids) == 0:
+            return
+        self._say(f"the store at {self.endpoint} stays for the other nodes, at most {LINGER_S:g} s more")
+        try:
+            async with asyncio.timeout(LINGER_S):
+                while self._connections_of_others(own_pids) > 0:  # noqa: ASYNC110 - the kernel has no event for it
+                    await asyncio.sleep(LINGER_RETRY_S)
+        except TimeoutError:
+            self._say(f"other nodes are still connected to the store at {self.endpoint}; ending it")
+
+    def _connections_of_others(self, own_pids: Container[int | None]) -> int:
+        import psutil  # only a host of a shared store pays for it, at its end
+
+        port = self._address[1]
+        established = [item for item in psutil.net_connections("tcp") if item.status == psutil.CONN_ESTABLISHED]
+        served = sum(1 for item in established if getattr(item.laddr, "port", None) == port)
+        # etcd is its own client, too: its HTTP gateway.
+        clients = [item for item in established if getattr(item.raddr, "port", None) == port]
+        own = sum(1 for item in clients if item.pid == self.pid or item.pid in own_pids)
+        return served - own
 
     async def stop(self) -> None:
         """End it. It has synced every write, so nothing is lost by a short patience."""

@@ -3,10 +3,12 @@
 Invariants (tests/integration/test_bootstrap.py):
 1. A file that the script's own `record` wrote is left alone.
 2. The file is whole or absent; that it could not be written is said, and changes nothing else.
+3. Only a plain file is ever replaced.
 Not here: reading it (agent/failure.py).
 """
 
 import os
+import stat
 from contextlib import suppress
 
 from elastic_run.runtime.edge.notice import notice
@@ -19,11 +21,21 @@ _CUT = "\n... (cut) ...\n"
 def write_error_file(path: str, error: BaseException) -> None:
     """Record `error` at `path` unless something is recorded there already."""
     try:
-        if os.path.exists(path) and os.path.getsize(path) > 0:
-            return
-        _write_whole(path, _document(error))
+        if not _recorded(path):
+            _write_whole(path, _document(error))
     except Exception as problem:  # noqa: BLE001 - formatting runs the script's code; its own error must come out unchanged
         notice(f"could not write the error file {path}: {type(problem).__name__}: {problem}")
+
+
+def _recorded(path: str) -> bool:
+    """True when the script recorded its error itself. Raises OSError when `path` is anything but a plain file."""
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return False
+    if not stat.S_ISREG(status.st_mode):  # the rename below would put a file in the place of a device such as /dev/null
+        raise OSError("it is no plain file")
+    return status.st_size > 0
 
 
 def _document(error: BaseException) -> bytes:

@@ -12,14 +12,16 @@ Not here: what the children are told (process_configs.py), the command line and 
 
 import asyncio
 import signal
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Container, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from elastic_run.runtime.edge.process import Exit, Process, kill_strays, set_subreaper, spawn
 from elastic_run.runtime.protocol.errors import InvariantViolated
 from elastic_run.runtime.restart_budget import RestartBudget
+
+T = TypeVar("T")
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -46,6 +48,9 @@ class KeptStore(Protocol):
 
     async def keep(self) -> None:
         """Start it again whenever it dies; raise StoreUnavailable when that is too often."""
+
+    async def linger(self, own_pids: Container[int | None]) -> None:
+        """Return when no other node uses it any more, or after a bounded time."""
 
     async def stop(self) -> None:
         """End it."""
@@ -91,7 +96,8 @@ class Launcher:
         children = await self._unless_asked(self._assemble())
         if children is None:
             return EXIT_SIGNAL_BASE + (self._asked or 0)
-        self._agent = self._spawn(children.agent)
+        # Not SIGKILL: should this process be killed, the agent ends its workers and what escaped from them.
+        self._agent = spawn(children.agent, env=self._env, death_signal=signal.SIGTERM)
         watchers: list[Coroutine[Any, Any, int | None]] = [self._watch_agent(self._agent), self._obey(self._agent)]
         if children.controller is not None:
             watchers.append(self._keep_controller(children.controller))
@@ -106,15 +112,14 @@ class Launcher:
             await _cancel(tasks)
         raise InvariantViolated("the agent ended without a verdict")
 
-    async def _unless_asked(self, work: Awaitable[Children]) -> Children | None:
+    async def _unless_asked(self, work: Awaitable[T]) -> T | None:
         """Return the result of `work`, or None when a signal came first."""
-        tasks = [asyncio.ensure_future(work), asyncio.create_task(self._asked_event.wait())]
+        working, asked = asyncio.ensure_future(work), asyncio.create_task(self._asked_event.wait())
         try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            result = tasks[0].result() if tasks[0].done() else None
+            await asyncio.wait([working, asked], return_when=asyncio.FIRST_COMPLETED)
+            return working.result() if working.done() else None
         finally:
-            await _cancel(tasks)
-        return result if isinstance(result, Children) else None
+            await _cancel([working, asked])
 
     async def _watch_agent(self, agent: Process) -> int:
         exit_ = await agent.wait()
@@ -156,6 +161,8 @@ class Launcher:
     async def _end_children(self) -> None:
         if self._agent is not None:
             await self._agent.stop(self._drain_s + DRAIN_MARGIN_S)
+        if self._store is not None and self._asked is None:
+            await self._unless_asked(self._store.linger({child.pid for child in (self._controller,) if child}))
         if self._controller is not None:
             await self._controller.stop(CONTROLLER_STOP_S)
         if self._store is not None:
@@ -199,7 +206,7 @@ def verdict_of(agent: Exit, asked: int | None) -> int:
     return EXIT_FAILED if agent.code is None else agent.code
 
 
-async def _cancel(tasks: list[asyncio.Task[Any]]) -> None:
+async def _cancel(tasks: Sequence[asyncio.Future[Any]]) -> None:
     """Cancel and await; what they raised after that no longer matters."""
     for task in tasks:
         task.cancel()

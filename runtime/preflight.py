@@ -24,8 +24,9 @@ from elastic_run.runtime.embedded_etcd import etcd_answers, find_etcd
 from elastic_run.runtime.flag_values import check_nproc, join_endpoint, parse_endpoint
 from elastic_run.runtime.launch_config import EmbeddedStore, ExternalStore, LaunchConfig, SharedStore
 from elastic_run.runtime.protocol.config import CommandConfig, Entrypoint, StoreConfig
-from elastic_run.runtime.protocol.errors import StoreDenied, StoreError, UserError
-from elastic_run.runtime.protocol.ids import NodeId
+from elastic_run.runtime.protocol.errors import StoreCorrupt, StoreDenied, StoreError, UserError, VersionMismatch
+from elastic_run.runtime.protocol.ids import JobId, NodeId
+from elastic_run.runtime.protocol.records import decode_job
 
 STORE_CHECK_S = 3.0
 STORE_RETRY_S = 0.2
@@ -152,7 +153,7 @@ def check_metrics_ports(config: LaunchConfig) -> None:
 
 
 async def check_store(store: StoreConfig, job_id: str) -> None:
-    """Check that the etcd cluster answers and lets us in."""
+    """Check that the etcd cluster answers and lets us in, and that what it holds of the job can be joined."""
     from elastic_run.runtime.edge.etcd import EtcdStore  # grpc is only needed, and loaded, for a cluster
     from elastic_run.runtime.edge.etcd_config import EtcdConfig
 
@@ -169,7 +170,10 @@ async def check_store(store: StoreConfig, job_id: str) -> None:
     )
     where = ", ".join(store.endpoints)
     try:
-        await client.list("", limit=1, deadline_s=STORE_CHECK_S)
+        found = await client.list("", deadline_s=STORE_CHECK_S)
+        records = decode_job(JobId(job_id), ((item.key, item.value) for item in found.items))
+    except (StoreCorrupt, VersionMismatch) as error:
+        raise UserError(str(error)) from None
     except StoreDenied as error:
         raise UserError(f"etcd at {where} refuses us ({error}); correct --store-user and its password") from None
     except StoreError as error:
@@ -178,6 +182,11 @@ async def check_store(store: StoreConfig, job_id: str) -> None:
         ) from None
     finally:
         await client.close()
+    if records.result is not None:
+        raise UserError(
+            f"job {job_id} has ended already ({records.result.state}); take another --rdzv-id, or remove what is left "
+            f"of it: elastic-ctl forget --rdzv-endpoint=etcd://{','.join(store.endpoints)} --rdzv-id={job_id}"
+        )
 
 
 async def wait_for_shared_store(config: LaunchConfig) -> None:

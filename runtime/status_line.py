@@ -128,7 +128,9 @@ class _BottomRow:
         """Give the row back, blank, and leave the cursor where it was."""
         if self._open:
             self._open = False
-            self._write(f"{SAVE}\x1b[r\x1b[{self._rows};1H\x1b[2K{RESTORE}")
+            still_there = self._size().lines >= self._rows  # else the terminal shrank, and cut it off
+            blank = f"\x1b[{self._rows};1H\x1b[2K" if still_there else ""
+            self._write(f"{SAVE}\x1b[r{blank}{RESTORE}")
 
     def show(self, snapshot: StatusSnapshot | None, *, stale: bool) -> None:
         """Draw, if there is anything new."""

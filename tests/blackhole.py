@@ -16,34 +16,45 @@ CHUNK_BYTES = 65536
 CLIENT = -1  # a client of the cluster, as the end of a link
 
 
+Gates = tuple[asyncio.Event, asyncio.Event]  # bytes pass while set: from the source to the target, and back
+
+
 class Links:
-    """Which pairs of ends can talk. Ends are numbers of members, or CLIENT."""
+    """Who can talk to whom. Ends are numbers of members, or CLIENT; each direction can be held alone."""
 
     def __init__(self) -> None:
         self._gates: dict[tuple[int, int], asyncio.Event] = {}
 
-    def gate(self, one: int, other: int) -> asyncio.Event:
-        pair = (min(one, other), max(one, other))
-        if pair not in self._gates:
-            self._gates[pair] = asyncio.Event()
-            self._gates[pair].set()
-        return self._gates[pair]
+    def gates(self, source: int, target: int) -> Gates:
+        return self._gate(source, target), self._gate(target, source)
 
     def cut(self, one: int, other: int) -> None:
-        self.gate(one, other).clear()
+        self.mute(one, other)
+        self.mute(other, one)
+
+    def mute(self, source: int, target: int) -> None:
+        """What `source` sends no longer reaches `target`; the other way still works."""
+        self._gate(source, target).clear()
 
     def heal(self) -> None:
         for gate in self._gates.values():
             gate.set()
 
+    def _gate(self, source: int, target: int) -> asyncio.Event:
+        gate = self._gates.get((source, target))
+        if gate is None:
+            gate = self._gates[source, target] = asyncio.Event()
+            gate.set()
+        return gate
+
 
 class Forwarder:
-    """Listens on a port of its own and forwards to `target_port`, through the gate that `gate_of(source port)` names."""
+    """Listens on a port of its own and forwards to `target_port` through the gates of `gates_of(source port)`."""
 
-    def __init__(self, target_port: int, gate_of: Callable[[int], asyncio.Event | None]) -> None:
+    def __init__(self, target_port: int, gates_of: Callable[[int], Gates | None]) -> None:
         self.port = 0
         self._target_port = target_port
-        self._gate_of = gate_of
+        self._gates_of = gates_of
         self._server: asyncio.Server | None = None
         self._tasks: dict[asyncio.Task[None], None] = {}
 
@@ -69,23 +80,24 @@ class Forwarder:
         self._tasks[task] = None
         with suppress(asyncio.CancelledError):  # only __aexit__ cancels; the server's callback would log it
             try:
-                gate = self._gate_of(writer.get_extra_info("peername")[1])
-                if gate is not None:
-                    await self._forward(reader, writer, gate)
+                gates = self._gates_of(writer.get_extra_info("peername")[1])
+                if gates is not None:
+                    await self._forward(reader, writer, gates)
             finally:
                 writer.close()
                 del self._tasks[task]
 
-    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, gate: asyncio.Event) -> None:
-        await gate.wait()
+    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, gates: Gates) -> None:
+        towards, back = gates
+        await towards.wait()
         try:
             there, to_there = await asyncio.open_connection("127.0.0.1", self._target_port)
         except OSError:
             return  # the target is down: the source sees its connection close
         try:
             async with asyncio.TaskGroup() as pumps:
-                pumps.create_task(_pump(reader, to_there, gate))
-                pumps.create_task(_pump(there, writer, gate))
+                pumps.create_task(_pump(reader, to_there, towards))
+                pumps.create_task(_pump(there, writer, back))
         finally:
             to_there.close()
 
@@ -113,16 +125,16 @@ class PeerLinks(AsyncExitStack):
     async def before_peer(self, member: int, target_port: int) -> int:
         """The port to tell the other members."""
 
-        def gate_of(source_port: int) -> asyncio.Event | None:
+        def gates_of(source_port: int) -> Gates | None:
             source = next((other for other in range(self._size) if _owns(self._pid_of(other), source_port)), None)
-            return None if source is None else self.links.gate(source, member)
+            return None if source is None else self.links.gates(source, member)
 
-        return (await self.enter_async_context(Forwarder(target_port, gate_of))).port
+        return (await self.enter_async_context(Forwarder(target_port, gates_of))).port
 
     async def before_client(self, member: int, target_port: int) -> int:
         """The port to tell clients."""
-        gate = self.links.gate(CLIENT, member)
-        return (await self.enter_async_context(Forwarder(target_port, lambda _: gate))).port
+        gates = self.links.gates(CLIENT, member)
+        return (await self.enter_async_context(Forwarder(target_port, lambda _: gates))).port
 
 
 def _owns(pid: int, local_port: int) -> bool:

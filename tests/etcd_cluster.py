@@ -164,8 +164,8 @@ class EtcdCluster:
         self.api("auth/user/add", {"name": "root", "password": password})
         self.api("auth/user/grant", {"user": "root", "role": "root"})
         self.api("auth/role/add", {"name": "job"})
-        encode = lambda text: base64.b64encode(text.encode()).decode()  # noqa: E731
-        permission = {"permType": "READWRITE", "key": encode(f"{namespace}/"), "range_end": encode(f"{namespace}0")}
+        below, beyond = (base64.b64encode(f"{namespace}{end}".encode()).decode() for end in "/0")
+        permission = {"permType": "READWRITE", "key": below, "range_end": beyond}
         self.api("auth/role/grant", {"name": "job", "perm": permission})
         self.api("auth/user/add", {"name": user, "password": password})
         self.api("auth/user/grant", {"user": user, "role": "job"})

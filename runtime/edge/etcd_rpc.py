@@ -160,9 +160,11 @@ class EtcdRpc:
             except AttemptFailed as failed:
                 await tries.pause(failed)
 
-    async def attempt(self, method: Method[ResponseT], request: Message, timeout_s: float) -> ResponseT:
-        """One attempt at the current endpoint. Raises AttemptFailed, Refused or StoreDenied."""
-        endpoint = self.endpoint
+    async def attempt(
+        self, method: Method[ResponseT], request: Message, timeout_s: float, endpoint: str | None = None
+    ) -> ResponseT:
+        """One attempt at `endpoint`, by default the current one. Raises AttemptFailed, Refused or StoreDenied."""
+        endpoint = endpoint if endpoint is not None else self.endpoint
         ends_at_s = time.monotonic() + timeout_s
         channel = await self._connected(endpoint, timeout_s)
         metadata = await self._metadata(channel, endpoint, ends_at_s)

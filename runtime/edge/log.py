@@ -32,6 +32,30 @@ class _JsonLines(logging.Formatter):
         return json.dumps(entry)
 
 
+class OutageLog:
+    """Says once that something is away, and once that it is back, however often it is tried between."""
+
+    def __init__(self, log: logging.Logger, what: str) -> None:
+        self._log, self._what = log, what
+        self._since: float | None = None
+
+    @property
+    def away(self) -> bool:
+        return self._since is not None
+
+    def failed(self, now: float, error: Exception) -> None:
+        """Take note of a failed try at monotonic time `now`."""
+        if self._since is None:
+            self._since = now
+            self._log.warning("%s is away: %s", self._what, error)
+
+    def worked(self, now: float) -> None:
+        """Take note of a try that worked."""
+        if self._since is not None:
+            self._log.warning("%s is back after %.1f s", self._what, now - self._since)
+            self._since = None
+
+
 def set_up_logging(process: str, **context: str) -> None:
     """Log to stderr; every line names the process and the context. Raises UserError for an unknown level."""
     level = os.environ.get(LEVEL_VARIABLE, "warning").lower()

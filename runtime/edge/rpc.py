@@ -42,6 +42,7 @@ CLIENT_OPTIONS = (
 )
 
 RpcError = grpc.aio.AioRpcError
+Channel = grpc.aio.Channel
 
 
 def open_channel(address: str) -> grpc.aio.Channel:
@@ -66,11 +67,16 @@ def session_call(channel: grpc.aio.Channel) -> grpc.aio.StreamStreamCall:
 async def fetch_status(address: str) -> StatusReport:
     """Ask the controller at `address` for its report. Raises PeerError, PeerRefused when it does not lead."""
     async with open_channel(address) as channel:
-        call = channel.unary_unary(f"/{SERVICE}/{STATUS}")
-        try:
-            data = await call(wire.to_bytes(StatusRequest()), timeout=STATUS_DEADLINE_S)
-        except RpcError as error:
-            raise translate(error, address) from None
+        return await ask_status(channel, address, deadline_s=STATUS_DEADLINE_S)
+
+
+async def ask_status(channel: grpc.aio.Channel, address: str, *, deadline_s: float) -> StatusReport:
+    """Ask over a channel that is kept. Raises as `fetch_status` does."""
+    call = channel.unary_unary(f"/{SERVICE}/{STATUS}")
+    try:
+        data = await call(wire.to_bytes(StatusRequest()), timeout=deadline_s)
+    except RpcError as error:
+        raise translate(error, address) from None
     return wire.from_bytes(StatusReport, data)
 
 
@@ -82,4 +88,4 @@ def translate(error: grpc.aio.AioRpcError, address: str) -> PeerError:
     return PeerError(f"controller at {address} can not be reached: {code.name.lower()}: {details}")
 
 
-__all__ = ["CodecError", "fetch_status", "handlers", "open_channel", "session_call", "translate"]
+__all__ = ["CodecError", "ask_status", "fetch_status", "handlers", "open_channel", "session_call", "translate"]

@@ -126,6 +126,12 @@ def sweep(root: Path) -> int:
     return len(dead)
 
 
+def remove_abandoned(run_dir: Path) -> None:
+    """Remove a run directory whose launcher is gone; one that a user gave (it is no entry) stays."""
+    if (run_dir / _RECORD).is_file():
+        shutil.rmtree(run_dir, ignore_errors=True)
+
+
 def _entries(root: Path) -> list[tuple[Path, LocalJob]]:
     """Readable entries; those of other versions and unfinished ones are left to their owners."""
     try:

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 Callback = Callable[[ModuleType], None]
 
@@ -38,7 +38,7 @@ class _Finder:
             spec: ModuleSpec | None = find(name, path, target)
             if spec is not None:
                 if hasattr(spec.loader, "exec_module"):
-                    spec.loader = _Loader(spec.loader)
+                    spec.loader = cast(Any, _Loader(spec.loader))
                 return spec
         return None
 
@@ -88,4 +88,4 @@ def when_imported(name: str, callback: Callback) -> None:
 def _register(name: str, callback: Callback) -> None:
     _finder.callbacks[name] = (*_finder.callbacks.get(name, ()), callback)
     if _finder not in sys.meta_path:
-        sys.meta_path.insert(0, _finder)  # type: ignore[arg-type]  # typeshed wants path without its default
+        sys.meta_path.insert(0, cast(Any, _finder))

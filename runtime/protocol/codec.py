@@ -1,10 +1,10 @@
 """Strict JSON for frozen dataclasses: the form of every record in etcd and of every process's configuration file.
 
-A document is `{"protocol": 1, "kind": "View", ...fields}`. Encoding is canonical (sorted keys, no spaces), so equal
+A document is `{"protocol": 1, "record": "View", ...fields}`. Encoding is canonical (sorted keys, no spaces), so equal
 records are equal bytes.
 
 Invariants:
-1. decode(kind, encode(x)) == x for every record type (tests/property/test_codec.py).
+1. decode(kind, encode(x)) == x for every record type (tests/property/test_codec_property.py).
 2. Unknown, missing or mistyped fields, foreign kinds, other versions, oversized documents and duplicate keys are
    refused with CodecError or VersionMismatch, never guessed at (tests/unit/test_codec.py).
 Not here: what the records mean (records.py, view.py); protobuf messages (proto/).
@@ -18,17 +18,19 @@ import types
 import typing
 from typing import Any, TypeVar
 
-from elastic_run.runtime.protocol.errors import CodecError, VersionMismatch
+from elastic_run.runtime.protocol.errors import CodecError, InvariantViolated, VersionMismatch
 from elastic_run.runtime.protocol.ids import PROTOCOL_VERSION
 
 DOCUMENT_BYTES_MAX = 1024 * 1024  # etcd refuses requests over 1.5 MiB
+
+_HEADER = {"protocol", "record"}
 
 T = TypeVar("T")
 
 
 def encode(record: object) -> bytes:
     """Return the canonical document of a dataclass instance. Raises CodecError when it is too large for etcd."""
-    document = {"protocol": PROTOCOL_VERSION, "kind": type(record).__name__, **_plain_fields(record)}
+    document = {"protocol": PROTOCOL_VERSION, "record": type(record).__name__, **_plain_fields(record)}
     data = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
     if len(data) > DOCUMENT_BYTES_MAX:
         raise CodecError(
@@ -54,7 +56,7 @@ def decode(kind: type[T], data: bytes, *, where: str) -> T:
         raise VersionMismatch(
             f"{where}: written with protocol version {version}, this program speaks {PROTOCOL_VERSION}"
         )
-    found = document.pop("kind", None)
+    found = document.pop("record", None)
     if found != kind.__name__:
         raise CodecError(f"{where}: expected a {kind.__name__}, found {found!r}")
     return typing.cast(T, _build(kind, document, where))
@@ -90,7 +92,10 @@ def _plain(value: Any) -> Any:
 @functools.cache
 def _field_types(kind: type) -> dict[str, Any]:
     hints = typing.get_type_hints(kind)
-    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+    fields = {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+    if fields.keys() & _HEADER:
+        raise InvariantViolated(f"{kind.__name__} has a field named like the document's own")
+    return fields
 
 
 def _build(kind: Any, value: Any, where: str) -> Any:

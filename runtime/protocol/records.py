@@ -152,7 +152,7 @@ def decode_job(job_id: JobId, items: Iterable[tuple[str, bytes]]) -> JobRecords:
         except CodecError as error:
             raise StoreCorrupt(
                 f"the store holds something foreign or corrupt: {error}. Nothing was changed. "
-                f"Use another --rdzv-id, or remove it: elastic-ctl forget --rdzv-id {job_id}"
+                f"Use another --rdzv-id, or remove it: elastic-ctl forget --rdzv-endpoint=etcd://HOST:PORT --rdzv-id={job_id}"
             ) from None
     return JobRecords(**single, **{name: tuple(found) for name, found in lists.items()})
 

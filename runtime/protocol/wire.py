@@ -2,7 +2,7 @@
 
 Invariants:
 1. Every dataclass of messages.py has a protobuf message with exactly its fields (tests/unit/test_wire.py).
-2. from_bytes(to_bytes(m)) == m (tests/property/test_wire.py).
+2. from_bytes(to_bytes(m)) == m (tests/property/test_wire_property.py).
 3. Bytes that are not such a message, lack a sub-message, or name an unknown enum value raise CodecError.
 """
 

@@ -1,7 +1,7 @@
 """The etcd client while members are killed, stopped, cut off: every write is seen exactly once and in order."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 
@@ -25,7 +25,7 @@ KEY = "n"
 Fault = Callable[[], Awaitable[None]]
 
 
-async def write(store: Store, count: int, faults: dict[int, Fault]) -> list[int]:
+async def write(store: Store, count: int, faults: Mapping[int, Fault]) -> list[int]:
     """`count` writes to one key, each on condition of the one before; the fault of a number comes just before it."""
     revision = 0
     revisions: list[int] = []
@@ -40,18 +40,39 @@ async def write(store: Store, count: int, faults: dict[int, Fault]) -> list[int]
     return revisions
 
 
-async def read(store: Store, count: int) -> list[tuple[int, bytes]]:
+class Progress:
+    """What each watcher has seen last."""
+
+    def __init__(self, watchers: int) -> None:
+        self._last = [-1] * watchers
+        self._moved = asyncio.Condition()
+
+    async def note(self, watcher: int, number: int) -> None:
+        async with self._moved:
+            self._last[watcher] = number
+            self._moved.notify_all()
+
+    async def until_all_saw(self, number: int) -> None:
+        async with self._moved:
+            await self._moved.wait_for(lambda: min(self._last) >= number)
+
+
+async def read(store: Store, count: int, watcher: int, progress: Progress) -> list[tuple[int, bytes]]:
     seen: list[tuple[int, bytes]] = []
     async with aclosing(store.watch(KEY, 1)) as batches:
         async for batch in batches:
             seen.extend((event.kv.mod_revision, event.kv.value) for event in batch.events)
+            await progress.note(watcher, int(seen[-1][1]))
             if seen[-1][1] == b"%d" % (count - 1):
                 return seen
     raise AssertionError("a watch has no end")
 
 
-async def write_under_faults(endpoints: tuple[str, ...], count: int, faults: dict[int, Fault]) -> None:
+async def write_under_faults(
+    endpoints: tuple[str, ...], count: int, faults: Mapping[int, Fault], progress: Progress | None = None
+) -> None:
     """One writer, and a watcher beginning at each of the endpoints."""
+    progress = progress if progress is not None else Progress(len(endpoints))
     async with asyncio.timeout(WAIT_S), AsyncExitStack() as stack:
         stores: list[EtcdStore] = []
         for turn in range(len(endpoints)):
@@ -59,7 +80,9 @@ async def write_under_faults(endpoints: tuple[str, ...], count: int, faults: dic
             stores.append(EtcdStore(EtcdConfig(endpoints=turned, namespace=NAMESPACE)))
             stack.push_async_callback(stores[-1].close)
         async with asyncio.TaskGroup() as group:
-            watching = [group.create_task(read(store, count)) for store in stores]
+            watching = [
+                group.create_task(read(store, count, watcher, progress)) for watcher, store in enumerate(stores)
+            ]
             writing = group.create_task(write(stores[0], count, faults))
         written = [(revision, b"%d" % number) for number, revision in enumerate(writing.result())]
         for watched in watching:
@@ -103,12 +126,24 @@ async def test_writes_survive_members_stopped_and_continued(tmp_path: Path) -> N
             victims.append(0)
             cluster.pause(0)
 
+        async def catch_up() -> None:
+            await progress.until_all_saw(89)  # the member is still stopped: its watcher must have left it
+
         async def resume() -> None:
             cluster.resume(victims[-1])
             await asyncio.to_thread(cluster.wait_healthy, range(3))
 
-        faults = {40: stop_first, 90: resume, 120: stop_leader, 170: resume, 200: stop_leader, 250: resume}
-        await write_under_faults(cluster.endpoints, 280, faults)
+        progress = Progress(3)
+        faults = {
+            40: stop_first,
+            90: catch_up,
+            91: resume,
+            120: stop_leader,
+            170: resume,
+            200: stop_leader,
+            250: resume,
+        }
+        await write_under_faults(cluster.endpoints, 280, faults, progress)
 
 
 async def test_writes_survive_members_cut_off_from_each_other_and_from_us(tmp_path: Path) -> None:
@@ -149,12 +184,47 @@ async def test_writes_survive_members_cut_off_from_each_other_and_from_us(tmp_pa
         async def hide_first_from_us() -> None:
             links.cut(CLIENT, 0)
 
+        async def mute_others() -> None:
+            links.mute(0, CLIENT)
+            links.mute(1, CLIENT)
+
+        async def mute_the_one_in_use() -> None:
+            links.heal()
+            links.mute(2, CLIENT)  # it hears us and does what we say, but we hear nothing
+
         async def heal() -> None:
             links.heal()
             await asyncio.to_thread(cluster.wait_healthy, range(3))
 
         faults = {40: isolate_leader, 80: heal, 120: hide_first_from_us, 160: heal, 200: isolate_first, 240: heal}
-        await write_under_faults(tuple(f"127.0.0.1:{port}" for port in fronts), 280, faults)
+        faults |= {280: mute_others, 300: mute_the_one_in_use, 320: heal}
+        await write_under_faults(tuple(f"127.0.0.1:{port}" for port in fronts), 360, faults)
+
+
+async def test_a_lost_answer_is_read_off_the_marker(tmp_path: Path) -> None:
+    """Two ways lead to one member; what was asked over the way that is mute took effect, and is asked again."""
+    links = Links()
+    async with AsyncExitStack() as stack:
+        cluster = stack.enter_context(EtcdCluster(directory=tmp_path, size=1))
+        forwarders = await stack.enter_async_context(PeerLinks(links, cluster.pid, 1))
+        ways = [await forwarders.before_client(way, cluster.members[0].client_port) for way in (0, 1)]
+        config = EtcdConfig(endpoints=tuple(f"127.0.0.1:{port}" for port in ways), namespace=NAMESPACE)
+        store = EtcdStore(config)
+        stack.push_async_callback(store.close)
+        first = await store.txn((), (Put(key=KEY, value=b"1"),))
+
+        links.mute(0, CLIENT)
+        second = await store.txn((modified_at(KEY, first.revision),), (Put(key=KEY, value=b"2"),), (KEY,))
+        kv = await store.get(KEY)
+        assert second.succeeded and kv is not None
+        assert (kv.value, kv.version, kv.mod_revision) == (b"2", 2, second.revision)
+
+        links.heal()
+        links.mute(1, CLIENT)
+        third = await store.txn((modified_at(KEY, first.revision),), (Put(key=KEY, value=b"3"),), (KEY,))
+        assert not third.succeeded and third.current == (kv,) and third.revision > second.revision
+        links.heal()
+        assert await store.get(KEY) == kv
 
 
 async def test_an_outage_of_the_whole_store_ends_calls_in_time_and_loses_nothing(tmp_path: Path) -> None:
@@ -167,13 +237,19 @@ async def test_an_outage_of_the_whole_store_ends_calls_in_time_and_loses_nothing
                 assert (await anext(batches)).events[0].kv.value == b"0"
                 cluster.kill(0)
                 with pytest.raises(StoreUnavailable):
+                    await store.get(KEY, deadline_s=0.3)
+                with pytest.raises(StoreUnavailable):  # the connection is known to be gone: nothing was sent
                     await store.txn((), (Put(key=KEY, value=b"never sent"),), deadline_s=0.3)
                 cluster.restart(0)
                 await asyncio.to_thread(cluster.wait_healthy, (0,))
                 await store.txn((), (Put(key=KEY, value=b"1"),), deadline_s=DEADLINE_S)
                 cluster.pause(0)
-                with pytest.raises(StoreUncertain):
-                    await store.txn((), (Put(key=KEY, value=b"maybe"),), deadline_s=1.0)
+                sent, waiting = await asyncio.gather(
+                    store.txn((), (Put(key=KEY, value=b"maybe"),), deadline_s=1.0),
+                    store.txn((), (Put(key=KEY, value=b"never sent"),), deadline_s=0.9),
+                    return_exceptions=True,
+                )
+                assert isinstance(sent, StoreUncertain) and isinstance(waiting, StoreUnavailable)
                 cluster.resume(0)
                 await store.txn((), (Put(key=KEY, value=b"2"),), deadline_s=DEADLINE_S)
                 seen: list[bytes] = []

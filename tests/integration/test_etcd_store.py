@@ -70,6 +70,16 @@ async def test_close_removes_the_marker_and_nothing_else(config: EtcdConfig, clu
         assert [kv.key for kv in (await above.list(inside)).items] == [f"{inside}/kept"]
 
 
+async def test_writing_goes_on_after_somebody_deleted_the_marker(config: EtcdConfig, cluster: EtcdCluster) -> None:
+    inside = config.namespace.removeprefix("/elastic/")
+    async with opened(config) as store, opened(EtcdConfig(endpoints=cluster.endpoints, namespace="/elastic")) as above:
+        await put(store, "k", b"1")
+        await above.txn((), (Delete(key=f"{inside}/writers/", prefix=True),))
+        await put(store, "k", b"2")
+        kv = await store.get("k")
+        assert kv is not None and (kv.value, kv.version) == (b"2", 2)
+
+
 async def test_two_namespaces_never_see_each_other(config: EtcdConfig, cluster: EtcdCluster) -> None:
     other = EtcdConfig(endpoints=cluster.endpoints, namespace=config.namespace + "2")
     async with opened(config) as one, opened(other) as two:

@@ -1,6 +1,5 @@
 """Supervision with small programs in the places of agent and controller, and the command itself as a process."""
 
-import asyncio
 import os
 import select
 import shutil
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from elastic_run.runtime.edge.process import Exit, start_time_ticks
+from elastic_run.runtime.edge.process import Exit
 from elastic_run.runtime.launcher import (
     CONTROLLER_EXIT_FOREIGN_STORE,
     EXIT_FAILED,
@@ -32,6 +31,8 @@ HARNESS = """
     class Store:
         async def keep(self):
             await asyncio.Event().wait()
+        async def linger(self, own_pids):
+            pass
         async def stop(self):
             print("store stopped", flush=True)
 
@@ -248,20 +249,3 @@ def test_the_launcher_loads_no_heavy_module() -> None:
         "sys.exit(' '.join(name for name in heavy if name in sys.modules) or 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_start_time_is_known_for_this_process() -> None:
-    assert start_time_ticks(os.getpid()) is not None
-
-
-async def test_signal_handlers_are_given_back() -> None:
-    from elastic_run.runtime.launcher import Children, Launcher
-
-    async def assemble() -> Children:
-        return Children(agent=("true",), controller=None)
-
-    said: list[str] = []
-    before = signal.getsignal(signal.SIGTERM)
-    launcher = Launcher(assemble=assemble, store=None, env=dict(os.environ), say=said.append, drain_s=1.0)
-    assert await asyncio.wait_for(launcher.run(), BOUND_S) == 0
-    assert signal.getsignal(signal.SIGTERM) == before

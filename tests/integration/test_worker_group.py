@@ -49,7 +49,7 @@ from elastic_run.agent.workers import Surroundings, WorkerGroup
 
 async def main():
     command = program_command(sys.executable, sys.argv[3], sys.argv[2])
-    config = agent_config(command, run_dir=sys.argv[2], nproc=2, tee="1")
+    config = agent_config(command, run_dir=sys.argv[2], nproc=2, tee="1", log_dir=sys.argv[2])
     logs = LogDirectory(config.output, "j", sys.argv[2])
     group = WorkerGroup(config, install(nproc=2), Surroundings(
         agent_socket="", environment=os.environ, logs=logs, report=print, say=print))
@@ -74,7 +74,7 @@ class Bench:
     def group(
         self, command: CommandConfig, *, view: int = 1, environ: Mapping[str, str] = os.environ, **changes: Any
     ) -> WorkerGroup:
-        config = agent_config(command, run_dir=self.run_dir, **changes)
+        config = agent_config(command, run_dir=self.run_dir, **{"log_dir": f"{self.run_dir}/logs", **changes})
         around = Surroundings(
             agent_socket=f"{self.run_dir}/a.sock",
             environment=environ,
@@ -192,7 +192,7 @@ async def test_an_exception_under_the_bootstrap_is_reported_with_its_traceback(
     (ended,) = await bench.run(
         script_command(str(SCRIPTS / "raise_at_import.py")),
         log_dir=str(tmp_path / "logs") if kept else None,
-        redirects="3",
+        redirects="3" if kept else "0",
     )
     assert ended.exit == Exit(code=1, signal=None) and ended.failure is not None
     assert ended.failure.message == "RuntimeError: raised at import, on purpose"
@@ -399,7 +399,7 @@ async def test_without_a_log_dir_logs_are_kept_in_a_new_directory(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    await bench.run(inline("print('x')"), redirects="1")
+    await bench.run(inline("print('x')"), redirects="1", log_dir=None)
     (directory,) = os.listdir(tmp_path)
     assert directory.startswith("elastic_run_")
     assert (attempt_dir(tmp_path / directory) / "0" / "stdout.log").read_text() == "x\n"
@@ -410,7 +410,11 @@ async def test_a_console_that_is_a_terminal_stays_one(run_dir: str) -> None:
     source = PARENT.replace(
         "await asyncio.Event().wait()", "await group.workers[0].process.wait(); await group.stop(5)"
     )
-    source = source.replace('tee="1"', "").replace("nproc=2", "nproc=1").replace("report=print", "report=id")
+    source = (
+        source.replace(', tee="1", log_dir=sys.argv[2]', "")
+        .replace("nproc=2", "nproc=1")
+        .replace("report=print", "report=id")
+    )
     show = Path(run_dir) / "show.py"
     show.write_text("import os; print(os.isatty(1), os.isatty(2))")
     agent = await asyncio.create_subprocess_exec(

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+# Before there is a process group, which it would keep alive past the interpreter's end: see examples/train_gpt.py.
+import torch.distributed.nn
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import destroy_process_group, init_process_group

@@ -33,7 +33,7 @@ def test_equal_records_are_equal_bytes() -> None:
         (b'{"protocol":true}', "no protocol version"),
         (b'{"protocol":1,"protocol":1}', "twice"),
         (b"[" * 100_000, "not a JSON"),
-        (document(kind="View"), "expected a JobConfig"),
+        (document(record="View"), "expected a JobConfig"),
         (document(surprise=1), "unknown field 'surprise'"),
         (document(nodes_min=...), "field 'nodes_min' of JobConfig is missing"),
         (document(nodes_min="1"), "nodes_min: expected int, found str"),

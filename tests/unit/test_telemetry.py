@@ -75,6 +75,10 @@ def test_old_records_are_overwritten_and_counted(path: str) -> None:
     found = read(path)
     assert [r.step for r in found.records] == list(range(11, layout.STEP_RECORDS + 11))
     assert (found.records_overwritten, found.records_torn) == (10, 0)
+    file = TelemetryFile(path)
+    assert [r.step for r in file.read(records_max=2).records] == [layout.STEP_RECORDS + 9, layout.STEP_RECORDS + 10]
+    assert file.read(records_max=2).records_overwritten == 10
+    file.close()
 
 
 def test_half_written_record_is_counted_not_returned(path: str) -> None:
