@@ -140,15 +140,12 @@ class AgentDriver:
                 await self._start_workers(action.install)
             case ShowFailures():
                 title = f"job {self._config.job.job_id} failed"
-                print(failure.render(title, self._failures), file=sys.stderr, flush=True)
+                write_to_stderr(failure.render(title, self._failures))
             case Exit():
                 self.exit_code = action.code
 
     def say(self, line: str) -> None:
-        left = f"elastic-run: {line}\n".encode(errors="backslashreplace")
-        with contextlib.suppress(OSError):  # nobody listens any more; that must not end a job, nor change its exit code
-            while left:
-                left = left[os.write(STDERR, left) :]
+        write_to_stderr(f"elastic-run: {line}")
 
     def _reserve_port(self) -> None:
         if self._port is not None:
@@ -314,3 +311,10 @@ def _read(file: TelemetryFile) -> Telemetry | None:
     except CodecError as error:
         log.warning("telemetry is unreadable: %s", error)
         return None
+
+
+def write_to_stderr(text: str) -> None:
+    left = f"{text}\n".encode(errors="backslashreplace")
+    with contextlib.suppress(OSError):  # nobody listens any more; that must not end a job, nor change its exit code
+        while left:
+            left = left[os.write(STDERR, left) :]

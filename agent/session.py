@@ -14,7 +14,7 @@ from typing import Any
 
 from elastic_run.runtime.edge import rpc
 from elastic_run.runtime.protocol import wire
-from elastic_run.runtime.protocol.errors import CodecError, PeerRefused, StoreError
+from elastic_run.runtime.protocol.errors import CodecError, PeerRefused, StoreError, VersionMismatch
 from elastic_run.runtime.protocol.messages import AgentMessage, ControllerMessage, Hello, Refused
 
 RETRY_S_MIN = 0.05
@@ -104,6 +104,9 @@ class ControllerSession:
             reason = str(problem)
         except TimeoutError:
             reason = f"no connection within {CONNECT_DEADLINE_S:g} s"
+        except VersionMismatch as error:  # the job's spec was written by another version of this program
+            reason = str(error)
+            self._on_message(Refused(reason=reason))
         except (CodecError, StoreError) as error:
             reason = str(error)
         except asyncio.InvalidStateError:  # grpc: the call ended under a write

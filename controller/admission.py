@@ -5,7 +5,8 @@ Invariant: a refusal is one sentence that says what to change (tests/unit/test_a
 
 from elastic_run.controller.roster import Roster
 from elastic_run.controller.suspicion import Condition
-from elastic_run.runtime.protocol.ids import PROTOCOL_VERSION
+from elastic_run.runtime.protocol.errors import UserError
+from elastic_run.runtime.protocol.ids import PROTOCOL_VERSION, check_name
 from elastic_run.runtime.protocol.messages import Hello
 from elastic_run.runtime.protocol.records import JobSpec
 from elastic_run.runtime.protocol.view import View
@@ -18,6 +19,10 @@ def why_refuse(hello: Hello, spec: JobSpec, roster: Roster, view: View | None, *
         return f"the agent speaks protocol version {hello.protocol_version}, the controller {PROTOCOL_VERSION}"
     if hello.job_id != job.job_id or hello.token != spec.token:
         return f"it does not belong to job {job.job_id}: wrong job id or join token"
+    try:
+        check_name(hello.node, what="node name")
+    except UserError as error:
+        return str(error)
     if hello.nproc < 1:
         return f"it brings {hello.nproc} workers; at least 1 is needed"
     if (hello.nodes_min, hello.nodes_max) != (job.nodes_min, job.nodes_max):

@@ -45,6 +45,10 @@ def _config(argv: list[str]) -> ControllerConfig:
     parser.add_argument("--rdzv-id", "--rdzv_id", help="job id, as given to elastic-run")
     parser.add_argument("--nnodes", default="1:1", help="MIN:MAX, as given to elastic-run")
     parser.add_argument("--max-restarts", "--max_restarts", type=int, default=0, help="as given to elastic-run")
+    parser.add_argument(
+        "--last-call", type=float, default=30.0, help="seconds to wait for more nodes once MIN are there"
+    )
+    parser.add_argument("--join-timeout", type=float, default=600.0, help="seconds a job may stay below MIN nodes")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on and to publish to agents")
     parser.add_argument("--port", type=int, default=0, help="port to listen on; 0: any free one")
     parser.add_argument("--metrics-port", type=int, help="port of /metrics and /healthz on loopback; 0: any free one")
@@ -65,9 +69,11 @@ def _config(argv: list[str]) -> ControllerConfig:
             nodes_min=int(low),
             nodes_max=int(high or low),
             max_restarts=args.max_restarts,
+            last_call_s=args.last_call,
+            join_timeout_s=args.join_timeout,
         )
     except ValueError as error:
-        raise UserError(f"--nnodes={args.nnodes}: {error}") from None
+        raise UserError(f"--nnodes={args.nnodes} and the other numbers: {error}") from None
     return ControllerConfig(
         job=job,
         store=store_access.from_flags(args),

@@ -35,7 +35,7 @@ from elastic_run.controller.roster import Roster
 from elastic_run.controller.suspicion import Condition
 from elastic_run.runtime.protocol.config import JobConfig
 from elastic_run.runtime.protocol.errors import InvariantViolated
-from elastic_run.runtime.protocol.ids import NodeId, ViewNumber
+from elastic_run.runtime.protocol.ids import NAME_LENGTH_MAX, NodeId, ViewNumber
 from elastic_run.runtime.protocol.messages import (
     AgentPhase,
     AgentState,
@@ -167,7 +167,8 @@ class ControllerCore:
             return
         reason = admission.why_refuse(hello, self.spec, self.roster, self.view, changing=self.change is not None)
         if reason:
-            self.journal.note(EventKind.NODE_REFUSED, f"node {hello.node} was refused: {reason}", node=hello.node)
+            name = hello.node[:NAME_LENGTH_MAX]  # a stranger may call itself anything
+            self.journal.note(EventKind.NODE_REFUSED, f"node {name} was refused: {reason}", node=name)
             self._send(connection, Refused(reason=reason))
             self._out.append(CloseConnection(connection=connection, reason=reason))
             return
@@ -213,8 +214,9 @@ class ControllerCore:
                 node.take(state)
                 node.stuck = node.stuck and state.phase is AgentPhase.PREPARING
             case Prepared(view=view, master_port=port):
-                if view > current and view >= node.prepared_view:
-                    node.prepared_view, node.master_port, node.stuck = view, port, False
+                node.stuck = False
+                if current < view <= self.highest and view >= node.prepared_view:
+                    node.prepared_view, node.master_port = view, port
                     node.take(AgentState(view=view, phase=AgentPhase.PREPARED))
             case WorkersFailed(view=view, failures=failures):
                 if view == current:
@@ -435,7 +437,9 @@ class ControllerCore:
             self._hold(len(members))
 
     def _enough(self, members: list[Node], joiners: list[NodeId]) -> bool:
-        return sum(node.available for node in members) + len(joiners) >= self.job.nodes_min
+        """While no member can be told anything, there is no change that joiners could take part in."""
+        present = sum(node.available for node in members)
+        return present > 0 and present + len(joiners) >= self.job.nodes_min
 
     def _leave_out(self, node: Node) -> None:
         node.stuck = True

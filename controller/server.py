@@ -16,7 +16,7 @@ import grpc.aio
 
 from elastic_run.runtime.edge import rpc
 from elastic_run.runtime.protocol import wire
-from elastic_run.runtime.protocol.errors import CodecError, UserError
+from elastic_run.runtime.protocol.errors import CodecError, InvariantViolated, UserError
 from elastic_run.runtime.protocol.messages import AgentMessage, ControllerMessage, Hello, StatusReport
 
 STREAMS_MAX = 20_000
@@ -88,7 +88,7 @@ class AgentServer:
         for connection in tuple(self._queues):
             self.close(connection)
 
-    async def _session(self, _: Any, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+    async def _session(self, _: Any, context: rpc.Context) -> None:
         if not self.leading or len(self._queues) >= STREAMS_MAX:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "this controller does not lead")
         hello = await self._read_hello(context)
@@ -109,7 +109,7 @@ class AgentServer:
             self._queues.pop(connection, None)
             self._on_disconnected(connection, reason)
 
-    async def _read_hello(self, context: grpc.aio.ServicerContext[bytes, bytes]) -> Hello:
+    async def _read_hello(self, context: rpc.Context) -> Hello:
         problem = "the first message must be a hello"
         try:
             data = await asyncio.wait_for(context.read(), HELLO_DEADLINE_S)
@@ -121,8 +121,9 @@ class AgentServer:
         except CodecError as error:
             problem = f"not an agent of this version: {error}"
         await context.abort(grpc.StatusCode.INVALID_ARGUMENT, problem)
+        raise InvariantViolated("an aborted call went on")
 
-    async def _read(self, connection: int, context: grpc.aio.ServicerContext[bytes, bytes]) -> str:
+    async def _read(self, connection: int, context: rpc.Context) -> str:
         while True:
             data: object = await context.read()  # bytes, or grpc's end-of-file mark
             if not isinstance(data, bytes):
@@ -132,16 +133,14 @@ class AgentServer:
             except CodecError as error:
                 return f"it sent something unreadable: {error}"
 
-    async def _write(
-        self, queue: asyncio.Queue[ControllerMessage | _Closed], context: grpc.aio.ServicerContext[bytes, bytes]
-    ) -> None:
+    async def _write(self, queue: asyncio.Queue[ControllerMessage | _Closed], context: rpc.Context) -> None:
         while True:
             message = await queue.get()
             if isinstance(message, _Closed):
                 return
             await context.write(wire.controller_to_bytes(message))
 
-    async def _status(self, _: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
+    async def _status(self, _: bytes, context: rpc.Context) -> bytes:
         report = self._report()
         if report is None:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this controller does not lead")

@@ -6,6 +6,7 @@ validate() after every event.
 
 import dataclasses
 import itertools
+from typing import TypeVar
 
 from elastic_run.agent import actions as agent_actions
 from elastic_run.agent import events as agent_events
@@ -57,6 +58,8 @@ from elastic_run.runtime.protocol.records import (
     view_key,
 )
 from elastic_run.runtime.protocol.view import Member, View, ViewStatus
+
+M = TypeVar("M")
 
 JOB_ID = JobId("j")
 TOKEN = "join-token"
@@ -302,7 +305,7 @@ class ControllerHarness:
     def proposed(self) -> str:
         return self.members(self.core.change.view if self.core.change else None)
 
-    def last[M: ControllerMessage](self, node: str, kind: type[M]) -> M:
+    def last(self, node: str, kind: type[M]) -> M:
         return [m for m in self.mail.get(node, []) if isinstance(m, kind)][-1]
 
     def count(self, node: str, kind: type[ControllerMessage]) -> int:
@@ -416,11 +419,11 @@ class AgentHarness:
         """From idle into a running view."""
         return self.hear(prepare(view)).port().hear(install(view))
 
-    def told[M: AgentMessage](self, kind: type[M]) -> list[M]:
+    def told(self, kind: type[M]) -> list[M]:
         """Messages of a kind among the newest actions."""
         return [a.message for a in self.out if isinstance(a, agent_actions.Tell) and isinstance(a.message, kind)]
 
-    def did[A: agent_actions.Action](self, kind: type[A]) -> list[A]:
+    def did(self, kind: type[M]) -> list[M]:
         return [a for a in self.out if isinstance(a, kind)]
 
     @property

@@ -1,7 +1,7 @@
 """A real etcd cluster on loopback for tests: members that can be killed, stopped, restarted and cut off.
 
-Members die with the test process (parent-death signal), even after `kill -9` of it. With `partitionable`, members reach
-each other only through links of tests/blackhole.py, which can be held up per pair.
+Members die with the test process (parent-death signal), even after `kill -9` of it. With `peer_urls` and `peer_ports`
+members reach each other only through links of tests/blackhole.py, which can be held up per pair.
 """
 
 import base64

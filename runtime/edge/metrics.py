@@ -1,7 +1,7 @@
 """Every metric of the project, declared once, and the loopback endpoint that serves them with /healthz.
 
-Values are taken from the owner's state at the moment of a scrape, inside its event loop: nothing is counted twice and an
-idle process does no work for metrics. Labels are bounded: a job has one id, a node label appears once per known node.
+Values are taken from the owner's state at the moment of a scrape, inside its event loop: nothing is counted twice,
+and an idle process does no work for metrics. Labels are bounded: a job has one id, an agent's metrics name one node.
 """
 
 import asyncio

@@ -4,8 +4,8 @@ The messages are those of protocol/wire.py; no generated service code is used.
 Not here: the worker's link to its agent (worker_link.py), which is no gRPC because training scripts fork.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeAlias
 
 import grpc
 import grpc.aio
@@ -43,6 +43,7 @@ CLIENT_OPTIONS = (
 
 RpcError = grpc.aio.AioRpcError
 Channel = grpc.aio.Channel
+Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"  # generic in the stubs alone
 
 
 def open_channel(address: str) -> grpc.aio.Channel:
@@ -50,8 +51,8 @@ def open_channel(address: str) -> grpc.aio.Channel:
 
 
 def handlers(
-    session: Callable[[Any, grpc.aio.ServicerContext], Any], status: Callable[[Any, grpc.aio.ServicerContext], Any]
-) -> grpc.GenericRpcHandler:
+    session: Callable[[Any, Context], Awaitable[None]], status: Callable[[bytes, Context], Awaitable[bytes]]
+) -> Any:
     """Return the service: `session` reads and writes raw messages, `status` takes and returns raw messages."""
     methods = {
         SESSION: grpc.stream_stream_rpc_method_handler(session),
@@ -60,8 +61,10 @@ def handlers(
     return grpc.method_handlers_generic_handler(SERVICE, methods)
 
 
-def session_call(channel: grpc.aio.Channel) -> grpc.aio.StreamStreamCall:
-    return channel.stream_stream(f"/{SERVICE}/{SESSION}")()
+def session_call(channel: grpc.aio.Channel) -> Any:
+    """Open a stream of raw messages; grpc's stubs demand serializers that grpc does not."""
+    raw: Any = channel
+    return raw.stream_stream(f"/{SERVICE}/{SESSION}")()
 
 
 async def fetch_status(address: str) -> StatusReport:
@@ -72,7 +75,8 @@ async def fetch_status(address: str) -> StatusReport:
 
 async def ask_status(channel: grpc.aio.Channel, address: str, *, deadline_s: float) -> StatusReport:
     """Ask over a channel that is kept. Raises as `fetch_status` does."""
-    call = channel.unary_unary(f"/{SERVICE}/{STATUS}")
+    raw: Any = channel
+    call = raw.unary_unary(f"/{SERVICE}/{STATUS}")
     try:
         data = await call(wire.to_bytes(StatusRequest()), timeout=deadline_s)
     except RpcError as error:

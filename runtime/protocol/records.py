@@ -137,7 +137,7 @@ class JobRecords:
 def decode_job(job_id: JobId, items: Iterable[tuple[str, bytes]]) -> JobRecords:
     """Decode a whole listing of a job's keys. Raises StoreCorrupt (naming the key) or VersionMismatch."""
     single: dict[str, Any] = {}
-    lists: dict[str, list[Any]] = {"nodes": [], "views": [], "events": []}
+    lists: dict[str, list[Any]] = {folder: [] for folder in _NAMED}
     for key, value in sorted(items):
         where = namespace(job_id) + key
         folder = key.split("/")[0]
@@ -152,9 +152,11 @@ def decode_job(job_id: JobId, items: Iterable[tuple[str, bytes]]) -> JobRecords:
         except CodecError as error:
             raise StoreCorrupt(
                 f"the store holds something foreign or corrupt: {error}. Nothing was changed. "
-                f"Use another --rdzv-id, or remove it: elastic-ctl forget --rdzv-endpoint=etcd://HOST:PORT --rdzv-id={job_id}"
+                "Use another --rdzv-id, or remove it: "
+                f"elastic-ctl forget --rdzv-endpoint=etcd://HOST:PORT --rdzv-id={job_id}"
             ) from None
-    return JobRecords(**single, **{name: tuple(found) for name, found in lists.items()})
+    single.update({folder: tuple(found) for folder, found in lists.items()})
+    return JobRecords(**single)
 
 
 _SINGLE: dict[str, tuple[str, type]] = {
@@ -173,7 +175,7 @@ _NAMED: dict[str, tuple[type, Callable[[Any], str]]] = {
 def _decode_named(folder: str, key: str, value: bytes, where: str) -> Any:
     """Decode a record that must lie under the key its own name gives."""
     kind, key_of = _NAMED[folder]
-    record = codec.decode(kind, value, where=where)
+    record: Any = codec.decode(kind, value, where=where)
     if key_of(record) != key:
         raise CodecError(f"{where}: holds the record of {key_of(record)}")
     return record

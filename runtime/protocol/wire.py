@@ -82,18 +82,23 @@ def _snake(name: str) -> str:
     return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
 
 
-@functools.cache
-def _hints(kind: Any) -> tuple[tuple[str, Any, bool], ...]:
+_HINTS: dict[type, tuple[tuple[str, Any, bool], ...]] = {}
+
+
+def _hints(kind: type) -> tuple[tuple[str, Any, bool], ...]:
     """(field, type without Optional, is optional) of a message dataclass."""
-    result = []
-    for name, hint in typing.get_type_hints(kind).items():
-        bare, optional = hint, False
-        if typing.get_origin(hint) in (typing.Union, types.UnionType):
-            bare, optional = next(a for a in typing.get_args(hint) if a is not type(None)), True
-        while hasattr(bare, "__supertype__"):
-            bare = bare.__supertype__
-        result.append((name, bare, optional))
-    return tuple(result)
+    if kind not in _HINTS:
+        _HINTS[kind] = tuple(_hint(name, hint) for name, hint in typing.get_type_hints(kind).items())
+    return _HINTS[kind]
+
+
+def _hint(name: str, hint: Any) -> tuple[str, Any, bool]:
+    optional = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    if optional:
+        hint = next(member for member in typing.get_args(hint) if member is not type(None))
+    while hasattr(hint, "__supertype__"):  # NewType
+        hint = hint.__supertype__
+    return name, hint, optional
 
 
 def _fill(target: Any, source: Any) -> None:

@@ -51,17 +51,26 @@ LEASE_TTL_S = 2
 class Candidate(Process):
     """`ended` is told when run() of the driver would return."""
 
-    core_of: Callable[[TermBegan], ControllerCore] = ControllerCore
     #: mutations set these
     fenced = True
     waits_for_persist = True
     drops_lease_gone = False
 
     def __init__(
-        self, sim: Simulation, name: str, host: str, *, job: JobConfig, etcd: Etcd, network: Network, checkers: Checkers
+        self,
+        sim: Simulation,
+        name: str,
+        host: str,
+        *,
+        job: JobConfig,
+        etcd: Etcd,
+        network: Network,
+        checkers: Checkers,
+        core_of: Callable[[TermBegan], ControllerCore],
     ) -> None:
         super().__init__(sim, name, host)
         self.job, self.etcd, self.network, self.checkers = job, etcd, network, checkers
+        self.core_of = core_of
         self.client = EtcdClient(etcd, self)
         self.term: Term | None = None
         self.returned = False

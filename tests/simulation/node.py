@@ -202,8 +202,6 @@ class Presence:
 class Node(Process):
     """One incarnation of a node's agent."""
 
-    core_of: Callable[[AgentConfig, float], AgentCore] = AgentCore
-
     def __init__(
         self,
         sim: Simulation,
@@ -215,13 +213,14 @@ class Node(Process):
         training: Training,
         checkers: Checkers,
         controllers: Callable[[], dict[str, Candidate]],
+        core_of: Callable[[AgentConfig, float], AgentCore],
     ) -> None:
         super().__init__(sim, f"{config.node}.{life}", f"host-{config.node}")
         self.config, self.etcd, self.network, self.training = config, etcd, network, training
         self.checkers, self.controllers = checkers, controllers
         self.incarnation = Incarnation(f"{config.node}-{life}")
         self.client = EtcdClient(etcd, self)
-        self.core = self.core_of(config, self.clock())
+        self.core = core_of(config, self.clock())
         self.exit_code: int | None = None
         self.why_exit = ""
         self.crew: Crew | None = None
@@ -276,7 +275,9 @@ class Node(Process):
     # Events
 
     def post(self, event: events.AgentEvent) -> None:
-        """Handle now, or after the event being handled."""
+        """Handle now, or after the event being handled; the driver hears nothing after its exit."""
+        if self.exit_code is not None:
+            return
         self._inbox.append(event)
         if self._handling:
             return

@@ -1,0 +1,243 @@
+"""One seeded world: nodes, candidates, etcd, network, workers, and two phases to live through.
+
+Safety phase: faults as the swarm draws them; the checkers hold all the time. Liveness phase: faults stop; within
+LIVENESS_S the job ended, or all living nodes up to MAX run in one view. Then the job must end, and nothing may be left.
+"""
+
+from collections.abc import Callable
+
+from elastic_run.agent.core import AgentCore
+from elastic_run.controller.core import ControllerCore
+from elastic_run.controller.events import TermBegan
+from elastic_run.runtime.protocol.config import (
+    AgentConfig,
+    CommandConfig,
+    Entrypoint,
+    JobConfig,
+    OutputConfig,
+    StoreConfig,
+)
+from elastic_run.runtime.protocol.ids import JobId, NodeId
+from elastic_run.runtime.protocol.messages import AgentPhase
+from elastic_run.runtime.protocol.records import JobState
+from elastic_run.runtime.protocol.view import ViewStatus
+from simulation.candidate import Candidate
+from simulation.checkers import Checkers, Violation
+from simulation.clock import Simulation
+from simulation.etcd import HOST, Etcd
+from simulation.network import Network
+from simulation.node import Node
+from simulation.swarm import Options, Swarm, draw
+from simulation.workers import Training
+
+LIVENESS_S = 45.0
+"""Lease, adoption, last call, safe point and stop together are below 30 s; a node given up only for ISOLATION_S
+(60 s), because nobody noticed its lease go, is late."""
+END_S = 45.0
+STEPS_TO_THE_END = 3
+
+
+class World:
+    def __init__(
+        self,
+        seed: int,
+        options: Options | None = None,
+        *,
+        controller_core: Callable[[TermBegan], ControllerCore] = ControllerCore,
+        agent_core: Callable[[AgentConfig, float], AgentCore] = AgentCore,
+        candidate: type[Candidate] = Candidate,
+    ) -> None:
+        self.seed = seed
+        self.options = o = options or draw(seed)
+        self.sim = Simulation(seed)
+        self._controller_core, self._agent_core, self._candidate = controller_core, agent_core, candidate
+        self.job = JobConfig(
+            job_id=JobId("sim"),
+            nodes_min=o.nodes_min,
+            nodes_max=o.nodes_max,
+            max_restarts=o.max_restarts,
+            last_call_s=o.last_call_s,
+        )
+        self.checkers = Checkers(self.job)
+        self.network = Network(self.sim, slow_rate=o.slow_rate)
+        self.etcd = Etcd(self.sim, self.network, lag_s_max=o.lag_s_max, uncertain_rate=o.uncertain_rate)
+        self.checkers.etcd = self.etcd
+        self.training = Training(
+            self.sim,
+            self.network,
+            self.checkers,
+            step_s=o.step_s,
+            steps_total=o.steps_total,
+            ignore_term=o.ignore_term,
+        )
+        self.training.raises_at = o.raises_at
+        self.nodes: dict[str, Node] = {}
+        self.candidates: dict[str, Candidate] = {}
+        #: told of every candidate that is started
+        self.on_candidate: Callable[[Candidate], None] = lambda _: None
+        self._lives: dict[str, int] = {}
+        self._names = [f"n{i}" for i in range(o.nodes)]
+        self._candidate_hosts = {
+            f"c{i}": f"host-n{i % o.nodes}" if o.shared_hosts else f"host-c{i}" for i in range(o.candidates)
+        }
+        self.hosts = list(dict.fromkeys([HOST, *(f"host-{n}" for n in self._names), *self._candidate_hosts.values()]))
+        for name in self._candidate_hosts:
+            self.sim.at(self.sim.between(0.0, 1.0), lambda name=name: self.start_candidate(name))
+        for name in self._names:
+            self.sim.at(self.sim.between(0.0, 2.0), lambda name=name: self.start_node(name))
+        self.swarm = Swarm(self)
+
+    # Parts
+
+    def start_candidate(self, name: str) -> None:
+        """Start a candidate as its launcher does: not while one lives, not after one returned."""
+        known = self.candidates.get(name)
+        if known is not None and (known.alive or known.returned):
+            return
+        candidate = self._candidate(
+            self.sim,
+            name,
+            self._candidate_hosts[name],
+            job=self.job,
+            etcd=self.etcd,
+            network=self.network,
+            checkers=self.checkers,
+            core_of=self._controller_core,
+        )
+        self.candidates[name] = candidate
+        candidate.tell("starts")
+        self.on_candidate(candidate)
+
+    def start_node(self, name: str) -> None:
+        """Start an agent, unless one lives or was sent away."""
+        known = self.nodes.get(name)
+        if known is not None and (known.alive or known.exit_code in (0, 1, 2)):
+            return
+        self._lives[name] = self._lives.get(name, 0) + 1
+        config = AgentConfig(
+            job=self.job,
+            store=StoreConfig(endpoints=("sim",)),
+            node=NodeId(name),
+            node_rank=None,
+            address=name,
+            nproc=self.options.nproc,
+            role="default",
+            command=CommandConfig(entrypoint=Entrypoint.SCRIPT, target="train.py", args=(), python="python"),
+            output=OutputConfig(
+                log_dir=None, redirects="0", tee="0", local_ranks_filter=None, stdout_filters=(), stderr_filters=()
+            ),
+            run_dir="",
+        )
+        node = Node(
+            self.sim,
+            config,
+            life=self._lives[name],
+            core_of=self._agent_core,
+            etcd=self.etcd,
+            network=self.network,
+            training=self.training,
+            checkers=self.checkers,
+            controllers=lambda: self.candidates,
+        )
+        self.nodes[name] = node
+        node.tell("starts")
+
+    @property
+    def leader(self) -> Candidate | None:
+        """The candidate that leads by what the store says."""
+        holder = next((c for c in self.candidates.values() if c.leading and c.term is not None), None)
+        return holder
+
+    def alive(self) -> list[Node]:
+        return [node for node in self.nodes.values() if node.alive and node.exit_code is None]
+
+    def pick_node(self) -> Node | None:
+        alive = self.alive()
+        return self.sim.rng.choice(alive) if alive else None
+
+    def pick_candidate(self) -> Candidate | None:
+        alive = [c for c in self.candidates.values() if c.alive]
+        leading = [c for c in alive if c.leading]
+        choice = leading if leading and self.sim.chance(0.7) else alive
+        return self.sim.rng.choice(choice) if choice else None
+
+    # Phases
+
+    def live(self) -> None:
+        """Live through both phases to the end. Raises Violation."""
+        self.sim.run_until(self.sim.now + self.options.safety_s)
+        self.become_calm()
+        self.expect(self.settled, LIVENESS_S, "the job neither ended nor runs with all its nodes")
+        self.finish()
+
+    def become_calm(self) -> None:
+        """End all faults, start what died: every candidate, and nodes until MIN are there, some of the others."""
+        self.sim.tell("world", "becomes calm")
+        self.swarm.calm()
+        self.training.raises_at = None
+        for name in self._candidate_hosts:
+            self.sim.at(self.sim.between(0.05, 2.0), lambda name=name: self.start_candidate(name))
+        missing = self.options.nodes_min - len(self.alive())
+        for name in self._names:
+            known = self.nodes.get(name)
+            if (known is None or known.exit_code is not None or not known.alive) and (
+                missing > 0 or self.sim.chance(0.5)
+            ):
+                missing -= 1
+                self.sim.at(self.sim.between(1.1, 3.0), lambda name=name: self.start_node(name))
+
+    def expect(self, done: Callable[[], bool], seconds: float, otherwise: str) -> None:
+        if not self.sim.run_until(self.sim.now + seconds, done):
+            raise Violation(f"{otherwise} within {seconds:g} s: {self.picture()}")
+
+    def settled(self) -> bool:
+        if self.checkers.result is not None:
+            return True
+        alive = self.alive()
+        if len(alive) < self.options.nodes_min:
+            return self.sim.now > self.options.safety_s + 10.0  # too few were left to the job: nothing to expect
+        view = self.checkers.views.get(self.checkers.current)
+        if view is None or view.number != max(self.checkers.views) or self.leader is None:
+            return False
+        members = [node for node in alive if view.holds(node.config.node, node.incarnation)]
+        return len(members) == len(view.members) == min(len(alive), self.options.nodes_max) and all(
+            node.core.phase in (AgentPhase.RUNNING, AgentPhase.FINISHED) and node.core.view == view.number
+            for node in members
+        )
+
+    def finish(self) -> None:
+        """Let the job end, and see that it did well and nothing is left."""
+        if self.checkers.result is None and len(self.alive()) < self.options.nodes_min:
+            return
+        self.training.steps_total = min(self.training.steps_total, self.training.progress + STEPS_TO_THE_END)
+        unended = self.checkers.result is None
+        self.expect(lambda: self.checkers.result is not None, END_S, "the workers can finish and the job did not end")
+        result = self.checkers.result
+        if unended and result is not None and result.state is not JobState.SUCCEEDED:
+            raise Violation(f"left in peace, the job failed: {result.message}")
+        self.expect(self._all_gone, END_S, "the job has ended and somebody stays")
+        self.sim.run_until(self.sim.now + 5.0)  # leases of those who could not say goodbye
+        self.checkers.nothing_leaks(self)
+
+    def _all_gone(self) -> bool:
+        return not any(node.alive for node in self.nodes.values()) and not any(
+            candidate.alive for candidate in self.candidates.values()
+        )
+
+    def picture(self) -> str:
+        """The state of the world in a few words."""
+        views = [
+            f"{v.number} {v.status} of {','.join(m.incarnation for m in v.members)}"
+            for v in self.checkers.views.values()
+            if v.status is not ViewStatus.ABANDONED
+        ][-2:]
+        nodes = [
+            f"{n.name} {n.core.phase} {n.core.view} of {n.core.current_view}" if n.alive else f"{n.name} gone {n.exit_code}"
+            for n in self.nodes.values()
+        ]
+        leader = self.leader
+        waits = ""
+        if leader is not None and leader.term is not None:
+            core = leader.term.core
+            waits = f"; {leader.name} leads, waits for {core.waiting_for!r}"
+        return f"views {views}; {'; '.join(nodes)}{waits}; result {self.checkers.result}"
