@@ -45,10 +45,7 @@ def may_form(
 
 def choose(candidates: Sequence[Candidate], nodes_max: int) -> tuple[NodeId, ...]:
     """Return the members of the next view by group rank."""
-    newcomer = len(candidates)
-    by_merit = sorted(
-        candidates, key=lambda c: (c.member_position if c.member_position is not None else newcomer, c.arrival)
-    )
+    by_merit = sorted(candidates, key=lambda c: (c.member_position is None, c.member_position or 0, c.arrival))
     taken = by_merit[:nodes_max]
     wanted = [c for c in taken if c.node_rank is not None]
     others = [c for c in taken if c.node_rank is None]

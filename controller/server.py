@@ -89,9 +89,9 @@ class AgentServer:
             self.close(connection)
 
     async def _session(self, _: Any, context: rpc.Context) -> None:
-        if not self.leading or len(self._queues) >= STREAMS_MAX:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "this controller does not lead")
+        await self._turn_away_unless_leading(context)
         hello = await self._read_hello(context)
+        await self._turn_away_unless_leading(context)  # a term that ended meanwhile would never answer on this stream
         connection = next(self._numbers)
         queue: asyncio.Queue[ControllerMessage | _Closed] = asyncio.Queue(QUEUED_MAX)
         self._queues[connection] = queue
@@ -108,6 +108,10 @@ class AgentServer:
             reader.cancel()
             self._queues.pop(connection, None)
             self._on_disconnected(connection, reason)
+
+    async def _turn_away_unless_leading(self, context: rpc.Context) -> None:
+        if not self.leading or len(self._queues) >= STREAMS_MAX:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "this controller does not lead")
 
     async def _read_hello(self, context: rpc.Context) -> Hello:
         problem = "the first message must be a hello"

@@ -6,6 +6,7 @@ statistics and random streams are what a fault-tolerant launcher gets wrong firs
 """
 
 import argparse
+import gc
 import json
 import os
 import time
@@ -130,6 +131,10 @@ def main() -> None:
         seconds = time.perf_counter() - started_s
         summary = {"steps": steps, "accuracy_percent": accuracy, "world_size": world_size, "seconds": round(seconds, 2)}
         print(json.dumps(summary), flush=True)
+    # DDP goes first, and the cycle it is in: freed after the group, it joins gloo's threads while it holds the lock
+    # that they may wait for.
+    del model
+    gc.collect()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -11,6 +11,7 @@ or absent (temporary file, fsync, rename); 3. a snapshot or curve that cannot be
 
 import argparse
 import csv
+import gc
 import hashlib
 import io
 import json
@@ -399,6 +400,10 @@ def main() -> None:
             "world_size": world.size,
         }
         print(json.dumps(summary), flush=True)
+    # DDP goes first, and the cycle it is in: freed after the group, it joins gloo's threads while it holds the lock
+    # that they may wait for.
+    del trainer
+    gc.collect()
     world.close()
 
 

@@ -136,7 +136,10 @@ class Launcher:
             if exit_.ok:
                 return None  # the job is over; the agent says how
             if exit_.code == CONTROLLER_EXIT_FOREIGN_STORE:
-                return EXIT_USAGE
+                if self._sole_controller:
+                    return EXIT_USAGE
+                self._say("this node offers no controller any more; its workers go on")
+                return None
             pause_s = budget.next_pause_s(asyncio.get_running_loop().time())
             if pause_s is None:
                 self._say(f"the controller of this node dies again and again; it last {exit_}")

@@ -65,7 +65,9 @@ JOB_ID = JobId("j")
 TOKEN = "join-token"
 
 
-def job_config(nodes: str = "1:4", max_restarts: int = 3, last_call_s: float = 30.0, join_s: float = 600.0) -> JobConfig:
+def job_config(
+    nodes: str = "1:4", max_restarts: int = 3, last_call_s: float = 30.0, join_s: float = 600.0
+) -> JobConfig:
     """A job of `MIN:MAX` nodes."""
     low, _, high = nodes.partition(":")
     return JobConfig(
@@ -164,7 +166,9 @@ class LeaderDied(Exception):
 class ControllerHarness:
     """A leader, its store and its agents' mailboxes. Nodes are single letters; each has at most one open stream."""
 
-    def __init__(self, nodes: str = "1:4", max_restarts: int = 3, last_call_s: float = 30.0, join_s: float = 600.0) -> None:
+    def __init__(
+        self, nodes: str = "1:4", max_restarts: int = 3, last_call_s: float = 30.0, join_s: float = 600.0
+    ) -> None:
         self.job = job_config(nodes, max_restarts, last_call_s, join_s)
         self.now = 100.0
         self.stored: dict[str, bytes] = {}
@@ -398,9 +402,7 @@ class AgentHarness:
 
     def exited(self, local_rank: int, failed: Failure | None = None, view: int | None = None) -> "AgentHarness":
         number = self.core.current_view if view is None else ViewNumber(view)
-        return self.feed(
-            agent_events.WorkerExited(now=self.now, view=number, local_rank=local_rank, failure=failed)
-        )
+        return self.feed(agent_events.WorkerExited(now=self.now, view=number, local_rank=local_rank, failure=failed))
 
     def parked(self, view: int) -> "AgentHarness":
         return self.feed(agent_events.WorkersParked(now=self.now, view=ViewNumber(view)))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import psutil
+from etcd_cluster import EtcdCluster
 
 T = TypeVar("T")
 BOUND_S = 60.0
@@ -35,7 +36,8 @@ class Job:
     """What the nodes of one job share. `directory` holds the run directories, outputs and the script's files."""
 
     directory: Path
-    endpoints: tuple[str, ...]
+    cluster: EtcdCluster
+    job_id: str
     script: Path
     flags: tuple[str, ...]
     script_arguments: tuple[str, ...] = ()
@@ -45,6 +47,14 @@ class Job:
         node = Node(job=self, name=name)
         self.nodes.append(node)
         return node
+
+    @property
+    def endpoints(self) -> tuple[str, ...]:
+        return self.cluster.endpoints
+
+    @property
+    def run_root(self) -> Path:
+        return self.directory / "run"
 
     @property
     def steps(self) -> list[Step]:
@@ -92,8 +102,8 @@ class Node:
         self._job = job
         argv = [sys.executable, "-P", "-m", "elastic_run.runtime.cli"]
         argv += [f"--rdzv-endpoint=etcd://{','.join(job.endpoints)}", f"--node-name={name}", "--local-addr=127.0.0.1"]
-        argv += [*job.flags, str(job.script), str(job.directory), *job.script_arguments]
-        environ = {**os.environ, "ELASTIC_RUN_DIR": str(job.directory / "run"), "OMP_NUM_THREADS": "1"}
+        argv += [f"--rdzv-id={job.job_id}", *job.flags, str(job.script), str(job.directory), *job.script_arguments]
+        environ = {**os.environ, "ELASTIC_RUN_DIR": str(job.run_root), "OMP_NUM_THREADS": "1"}
         with self._path.open("wb") as out:
             self.process = subprocess.Popen(argv, env=environ, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
 
@@ -159,8 +169,24 @@ def _children(pid: int) -> list[psutil.Process]:
 
 
 @contextlib.contextmanager
-def job(**arguments: object) -> Iterator[Job]:
-    made = Job(**arguments)  # type: ignore[arg-type]
+def job(
+    *,
+    directory: Path,
+    cluster: EtcdCluster,
+    job_id: str,
+    script: Path,
+    flags: tuple[str, ...],
+    script_arguments: tuple[str, ...] = (),
+) -> Iterator[Job]:
+    """The job; whatever happens, nothing of its nodes runs afterwards."""
+    made = Job(
+        directory=directory,
+        cluster=cluster,
+        job_id=job_id,
+        script=script,
+        flags=flags,
+        script_arguments=script_arguments,
+    )
     try:
         yield made
     finally:

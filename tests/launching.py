@@ -22,7 +22,7 @@ from typing import Any, Self
 
 BOUND_S = 60.0
 POLL_S = 0.02
-MARK = "ELASTIC_RUN_TEST_MARK"
+MARK = "LAUNCH_BENCH_MARK"  # agents hand down nothing that begins with ELASTIC_RUN
 SCRIPTS = Path(__file__).parent / "scripts"
 AGENT, CONTROLLER = "elastic_run.agent.cli", "elastic_run.controller.cli"
 
@@ -108,19 +108,22 @@ class Bench:
         (self.path / "tmp").mkdir()
         self._mark = uuid.uuid4().hex
         self._count = 0
-        self.env = {name: value for name, value in os.environ.items() if not name.startswith(("PET_", "TORCHELASTIC"))}
-        self.env |= {
+        inherited = {n: value for n, value in os.environ.items() if not n.startswith(("PET_", "TORCHELASTIC"))}
+        self.env = {
+            **inherited,
+            MARK: self._mark,
             "ELASTIC_RUN_DIR": str(self.root),
             "TMPDIR": str(self.path / "tmp"),
             "OMP_NUM_THREADS": "1",
-            MARK: self._mark,
         }
 
     def run(self, *argv: object, **env: str) -> Launched:
         """Start `elastic-run` with two workers unless the arguments say otherwise."""
-        command = [sys.executable, "-m", "elastic_run.runtime.cli", "--nproc-per-node=2", *map(str, argv)]
         self._count += 1
-        return Launched(command, self.env | env, self.path / f"stdout-{self._count}", self.files)
+        return Launched(self.command(*argv), self.env | env, self.path / f"stdout-{self._count}", self.files)
+
+    def command(self, *argv: object) -> list[str]:
+        return [sys.executable, "-m", "elastic_run.runtime.cli", "--nproc-per-node=2", *map(str, argv)]
 
     def ctl(self, *argv: object) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "elastic_run.runtime.ctl.cli", *map(str, argv)]
@@ -149,7 +152,7 @@ class Bench:
                 try:
                     environ = Path(f"/proc/{name}/environ").read_bytes()
                     command = Path(f"/proc/{name}/cmdline").read_bytes()
-                except (FileNotFoundError, ProcessLookupError):
+                except (FileNotFoundError, ProcessLookupError, PermissionError):  # gone, or not ours
                     continue
                 # exec_wrapper.py becomes the program in a moment, and names it already
                 if f"{MARK}={self._mark}".encode() in environ.split(b"\0") and program.encode() in command:

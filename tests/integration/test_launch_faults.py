@@ -7,13 +7,17 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from etcd_cluster import EtcdCluster
-from launching import AGENT, CONTROLLER, SCRIPTS, Bench, Launched, wait_until
+from launching import AGENT, BOUND_S, CONTROLLER, SCRIPTS, Bench, Launched, wait_until
+
+from elastic_run.runtime.protocol.codec import encode
+from elastic_run.runtime.protocol.records import JobResult, JobState
 
 MEGABYTES_PER_RANK = 50
 
@@ -42,7 +46,7 @@ def keys_of(etcd: EtcdCluster, job: str) -> dict[bytes, bytes]:
     encoded = (base64.b64encode(folder).decode(), base64.b64encode(folder[:-1] + b"0").decode())
     found = etcd.api("kv/range", {"key": encoded[0], "range_end": encoded[1]}).get("kvs", [])
     assert isinstance(found, list)
-    pairs = {base64.b64decode(kv["key"]): base64.b64decode(kv["value"]) for kv in found}
+    pairs = {base64.b64decode(kv["key"]): base64.b64decode(kv.get("value", "")) for kv in found}
     return {key: value for key, value in pairs.items() if not key.startswith(folder + b"writers/")}
 
 
@@ -146,18 +150,12 @@ def test_a_hundred_megabytes_reach_console_and_files_through_tee(bench: Bench) -
 
 
 def test_a_reader_of_stderr_that_goes_away_changes_nothing(bench: Bench) -> None:
-    run = bench.run(SCRIPTS / "wait_for_go.py", bench.files)
-    bench.await_files("rank-0.0", "rank-1.0")
-    left = bench.run("--max-restarts=0", SCRIPTS / "exit_code.py", 0)  # a control with its reader
-    assert left.end() == 0
     read_end, write_end = os.pipe()
-    argv = [*run.process.args[:3], "--nproc-per-node=2", str(SCRIPTS / "wait_for_go.py"), str(bench.files)]  # type: ignore[index, misc]
-    deaf = subprocess.Popen(argv, env=bench.env, stderr=write_end)
     os.close(read_end)
-    os.close(write_end)
-    (bench.files / "go").touch()
-    assert run.end() == 0
-    assert deaf.wait(60) == 0
+    argv = bench.command("--max-restarts=1", SCRIPTS / "fail_lives.py", 1, 7, 1)  # agent and launcher both have to talk
+    with subprocess.Popen(argv, env=bench.env, stdout=subprocess.DEVNULL, stderr=write_end) as run:
+        os.close(write_end)
+        assert run.wait(BOUND_S) == 0
     bench.assert_nothing_left()
 
 
@@ -248,6 +246,18 @@ def test_deaf_workers_of_a_killed_launcher_are_killed_soon(bench: Bench) -> None
     run.signal(signal.SIGKILL)
     wait_until(lambda: bench.processes() == [], "the end of everything that was started")
     run.end()
+    bench.assert_nothing_left()
+
+
+def test_a_run_directory_that_was_asked_for_outlives_a_killed_launcher(bench: Bench) -> None:
+    kept = bench.path / "kept"
+    run = bench.run(f"--run-dir={kept}", SCRIPTS / "wait_forever.py", bench.files)
+    bench.await_files("rank-0", "rank-1")
+    run.signal(signal.SIGKILL)
+    wait_until(lambda: bench.processes() == [], "the end of everything that was started")
+    run.end()
+    assert [(path / "agent.json").exists() for path in kept.iterdir()] == [True]
+    assert bench.run(SCRIPTS / "exit_code.py", 0).end() == 0  # sweeps the entry that pointed there
     bench.assert_nothing_left()
 
 
@@ -365,6 +375,35 @@ def test_a_job_that_has_ended_is_not_run_again_in_silence(etcd: EtcdCluster, ben
     assert again.err.count("\n") == 1 and "has ended already (succeeded)" in again.err
     assert keys_of(etcd, "over") == before
     bench.assert_nothing_left()
+
+
+def controller(bench: Bench, etcd: EtcdCluster, job: str) -> subprocess.Popen[str]:
+    where = [f"--rdzv-endpoint=etcd://{etcd.endpoints[0]}", f"--rdzv-id={job}"]
+    command = [sys.executable, "-m", CONTROLLER, *where]
+    return subprocess.Popen(command, env=bench.env, stderr=subprocess.PIPE, text=True)
+
+
+def test_an_agent_that_missed_the_end_is_told_by_the_next_leader(etcd: EtcdCluster, bench: Bench) -> None:
+    run = bench.run("--no-controller", *external(etcd, "missed"), SCRIPTS / "exit_code.py", 3)
+    bench.process(AGENT)
+    put(etcd, b"/elastic/missed/result", encode(JobResult(state=JobState.SUCCEEDED, message="without you", at=0.0)))
+    with controller(bench, etcd, "missed") as leader:
+        assert run.end() == 0, run.err
+        assert leader.communicate(timeout=BOUND_S)[1] == ""
+    assert leader.returncode == 0
+    bench.assert_nothing_left()
+
+
+@pytest.mark.parametrize("key", [b"sync/leader", b"spec"])
+def test_a_controller_writes_nothing_where_foreign_keys_lie(key: bytes, etcd: EtcdCluster, bench: Bench) -> None:
+    job = f"alone-{key.hex()}"
+    put(etcd, f"/elastic/{job}/".encode() + key, b"garbage")
+    before = keys_of(etcd, job)
+    with controller(bench, etcd, job) as alone:
+        _, err = alone.communicate(timeout=BOUND_S)
+    assert alone.returncode == 4
+    assert err.count("\n") == 1 and key.decode() in err
+    assert keys_of(etcd, job) == before
 
 
 def test_two_jobs_without_any_flag_run_beside_each_other(bench: Bench) -> None:

@@ -10,6 +10,7 @@ import tempfile
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -24,6 +25,7 @@ from elastic_run.runtime.launcher import (
 from elastic_run.runtime.restart_budget import RESTARTS_MAX
 
 BOUND_S = 60.0
+# Every line is one write(), so that lines of several processes never mix, even under PYTHONUNBUFFERED.
 HARNESS = """
     import asyncio, os, sys
     from elastic_run.runtime.launcher import Children, Launcher
@@ -34,18 +36,19 @@ HARNESS = """
         async def linger(self, own_pids):
             pass
         async def stop(self):
-            print("store stopped", flush=True)
+            os.write(1, b"store stopped\\n")
 
     async def assemble():
         if sys.argv[3] == "slow":
-            print("assembling", flush=True)
+            os.write(1, b"assembling\\n")
             await asyncio.sleep(600)
         controller = (sys.executable, "-S", "-c", sys.argv[2]) if sys.argv[2] else None
         return Children(agent=(sys.executable, "-S", "-c", sys.argv[1]), controller=controller)
 
     async def main():
         launcher = Launcher(
-            assemble=assemble, store=Store(), env=dict(os.environ), say=lambda text: print("said", text, flush=True),
+            assemble=assemble, store=Store(), env=dict(os.environ),
+            say=lambda text: os.write(1, f"said {text}\\n".encode()),
             drain_s=float(sys.argv[4]), sole_controller=sys.argv[3] != "shared",
         )
         return await launcher.run()
@@ -56,18 +59,18 @@ WAITS = "import os, time; os.write(1, b'controller\\n'); time.sleep(600)"
 AGENT_WAITS = """
 import os, signal, sys, time
 def on(number, frame):
-    print("agent got", signal.Signals(number).name, flush=True)
+    os.write(1, f"agent got {signal.Signals(number).name}\\n".encode())
     sys.exit(3)
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
     signal.signal(number, on)
-print("agent", os.getpid(), flush=True)
+os.write(1, b"agent %d\\n" % os.getpid())
 time.sleep(600)
 """
 AGENT_DEAF = """
 import os, signal, time
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)
-print("agent", os.getpid(), flush=True)
+os.write(1, b"agent %d\\n" % os.getpid())
 time.sleep(600)
 """
 AGENT_WITH_STRAY = """
@@ -76,7 +79,7 @@ pid = os.fork()
 if pid == 0:
     os.setsid()
     time.sleep(600)
-print("stray", pid, flush=True)
+os.write(1, b"stray %d\\n" % pid)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -84,24 +87,56 @@ os.kill(os.getpid(), signal.SIGKILL)
 class Run:
     """A launcher as a process; its lines are read as they come."""
 
+    started: ClassVar[list["Run"]] = []
+
     def __init__(self, agent: str, controller: str = "", *, mode: str = "", drain_s: float = BOUND_S) -> None:
         argv = [sys.executable, "-c", textwrap.dedent(HARNESS), agent, controller, mode, str(drain_s)]
-        self.process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
-        self.lines: list[str] = []
+        reader, writer = os.pipe()
+        self.process = subprocess.Popen(argv, stdout=writer)
+        os.close(writer)
+        self._reader = reader
+        self._text = b""
+        self._taken = 0
+        Run.started.append(self)
+
+    @property
+    def lines(self) -> list[str]:
+        return self._text.decode().split("\n")[:-1]
 
     def until(self, start: str) -> str:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.lines.append(line.strip())
-            if line.startswith(start):
-                return line.strip()
-        raise AssertionError(f"no line {start!r} in {self.lines}")
+        """Return the next line that begins so."""
+        while True:
+            for number, line in enumerate(self.lines[self._taken :], self._taken + 1):
+                if line.startswith(start):
+                    self._taken = number
+                    return line
+            if not self._read():
+                self.process.kill()
+                raise AssertionError(f"no line {start!r} in {self.lines}")
 
     def end(self) -> int:
-        rest, _ = self.process.communicate(timeout=BOUND_S)
-        self.lines += rest.splitlines()
+        """Return the exit code once every process that writes here is gone."""
+        while self._read():
+            pass
+        os.close(self._reader)
+        code = self.process.wait(BOUND_S)
         assert self.lines[-1] == "store stopped"
-        return self.process.returncode
+        return code
+
+    def _read(self) -> bytes:
+        """Read what comes next; empty at the end, and when nothing comes within the bound."""
+        part = os.read(self._reader, 65536) if select.select([self._reader], [], [], BOUND_S)[0] else b""
+        self._text += part
+        return part
+
+
+@pytest.fixture(autouse=True)
+def no_launcher_left() -> Iterator[None]:
+    yield
+    for run in Run.started:
+        run.process.kill()  # and with it, by their parent-death signal, its children
+        run.process.wait(BOUND_S)
+    Run.started.clear()
 
 
 def gone(pid: int) -> bool:
@@ -205,7 +240,8 @@ def test_children_die_with_a_launcher_killed_by_sigkill() -> None:
     run = Run(AGENT_WAITS)
     pid = int(run.until("agent ").split()[1])
     run.process.kill()
-    run.process.communicate(timeout=BOUND_S)
+    run.process.wait(BOUND_S)
+    os.close(run._reader)
     assert gone(pid)
 
 

@@ -1,5 +1,6 @@
 """The whole launcher with a real etcd; small programs in the places of agent and controller say what they are told."""
 
+import contextlib
 import json
 import os
 import select
@@ -59,16 +60,23 @@ def script(tmp_path: Path) -> str:
     return str(path)
 
 
-def start(root: Path, agent: str, *argv: str) -> subprocess.Popen[str]:
+@contextlib.contextmanager
+def start(root: Path, agent: str, *argv: str) -> Iterator[subprocess.Popen[str]]:
+    """A launcher as a process; killed, and with it its children, when the test is over and it is not."""
     env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     command = [sys.executable, "-c", textwrap.dedent(HARNESS), agent, *argv]
-    return subprocess.Popen(
+    run = subprocess.Popen(
         command,
         env=env | {"ELASTIC_RUN_DIR": str(root)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+    with run:
+        try:
+            yield run
+        finally:
+            run.kill()
 
 
 def report(run: subprocess.Popen[str]) -> dict[str, Any]:

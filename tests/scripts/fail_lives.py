@@ -1,6 +1,6 @@
-"""Rank RANK exits with CODE in the first LIVES lives of the job, while the others wait. Usage: fail_lives.py RANK CODE LIVES
+"""Rank RANK exits with CODE in the first LIVES lives of the job, while the others wait.
 
-Needs no torch: lives are counted by TORCHELASTIC_RESTART_COUNT.
+Usage: fail_lives.py RANK CODE LIVES. Lives are counted by TORCHELASTIC_RESTART_COUNT.
 """
 
 import os

@@ -4,6 +4,7 @@ Usage: multigpu_toy.py TOTAL_EPOCHS SAVE_EVERY [--batch-size N] [--snapshot FILE
 """
 
 import argparse
+import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,7 @@ def main() -> None:
     cloud = Cloud()
     loader = DataLoader(cloud, batch_size=args.batch_size, shuffle=False, sampler=DistributedSampler(cloud))
     Trainer(loader, args.save_every, args.snapshot).train(args.total_epochs)
+    gc.collect()  # DDP must not outlive the group either
     destroy_process_group()
 
 

@@ -32,11 +32,16 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
+    train(args.directory, args.pace, args.fail_at)
+    dist.destroy_process_group()  # after the replica is gone, which would otherwise take gloo down while it holds the GIL
+
+
+def train(directory: Path, pace_s: float, fail_at: int) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    snapshot = args.directory / "snapshot.pt"
+    snapshot = directory / "snapshot.pt"
     step = 0
     if snapshot.exists():
         saved = torch.load(snapshot, weights_only=True)
@@ -44,28 +49,27 @@ def main() -> None:
         optimizer.load_state_dict(saved["optimizer"])
         step = saved["step"]
     replica = DistributedDataParallel(model)
-    last = agreed_last(args.directory, rank)
+    last = agreed_last(directory, rank)
     while step < last:
         step += 1
         generator = torch.Generator().manual_seed(step)
         batch = torch.rand(BATCH, 8, generator=generator)[rank::world_size]
         optimizer.zero_grad()
         loss = nn.functional.mse_loss(replica(batch), batch.sum(dim=1, keepdim=True))
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         mean = loss.detach()
         dist.all_reduce(mean)
         if rank == 0:
+            line = {"step": step, "world_size": world_size, "pid": os.getpid(), "at_s": time.monotonic()}
+            with (directory / "steps.jsonl").open("a") as steps:
+                steps.write(json.dumps({**line, "loss": mean.item() / world_size}) + "\n")
             if step % SAVE_EVERY == 0:
                 save(snapshot, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step})
-            line = {"step": step, "world_size": world_size, "pid": os.getpid(), "at_s": time.monotonic()}
-            with (args.directory / "steps.jsonl").open("a") as steps:
-                steps.write(json.dumps({**line, "loss": mean.item() / world_size}) + "\n")
-        if step == args.fail_at and rank == world_size - 1:
+        if step == fail_at and rank == world_size - 1:
             raise RuntimeError(f"asked to fail at step {step}")
-        time.sleep(args.pace)
-        last = agreed_last(args.directory, rank)
-    dist.destroy_process_group()
+        time.sleep(pace_s)
+        last = agreed_last(directory, rank)
 
 
 def agreed_last(directory: Path, rank: int) -> int:

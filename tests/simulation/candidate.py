@@ -87,6 +87,14 @@ class Candidate(Process):
     def leading(self) -> bool:
         return self.alive and self.term is not None
 
+    def stall(self) -> None:
+        super().stall()
+        self.network.stalled(self)
+
+    def resume(self) -> None:
+        self.network.resumed(self)
+        super().resume()
+
     def kill(self, *, silently: bool = False) -> None:
         """kill -9; silently: its host lost power, nobody is told."""
         self.tell("is killed" + (" with its host" if silently else ""))
@@ -111,15 +119,20 @@ class Candidate(Process):
             return
         self._round += 1
         number = self._round
-        self._keeper = Keeper(self.client, lease, LEASE_TTL_S, granted_at, self._over)
+        self._keeper = Keeper(self.client, lease, LEASE_TTL_S, granted_at, self.lose_leadership)
         self._watches = [
-            self.client.follow(RESULT_KEY, lambda found: self._result_seen(found, number), lambda e: self._over(str(e)))
+            self.client.follow(RESULT_KEY, lambda found: self._result_seen(found, number), lambda e: self.lose_leadership(str(e)))
         ]
         self._campaign(number, lease, 0)
 
     def _result_seen(self, found: Snapshot | WatchBatch, number: int) -> None:
+        """Who ended the job may be gone before all agents were told: wait to lead after it, then go."""
         if number == self._round and self.term is None and (found.items if isinstance(found, Snapshot) else found.events):
             self.tell("sees the job's result")
+            self.after(2 * FAREWELL_S, lambda: self._return_unless_leading(number))
+
+    def _return_unless_leading(self, number: int) -> None:
+        if number == self._round and self.term is None:
             self._return()
 
     def _campaign(self, number: int, lease: LeaseId, uncertain: int) -> None:
@@ -139,14 +152,14 @@ class Candidate(Process):
         if isinstance(answer, StoreUncertain) and uncertain + 1 < UNCERTAIN_TRIES_MAX:
             self._campaign(number, lease, uncertain + 1)
         elif isinstance(answer, StoreError):
-            self._over(str(answer))
+            self.lose_leadership(str(answer))
         elif answer.succeeded:
             self._lead(number, answer.revision)
         elif (holder := answer.current[0]) is not None and holder.lease_id == lease:
             self._lead(number, holder.create_revision)
         else:
             again = _Once(lambda: self._campaign(number, lease, 0))
-            self._watches.append(self.client.follow(LEADER_KEY, _when_deleted(again), lambda e: self._over(str(e))))
+            self._watches.append(self.client.follow(LEADER_KEY, _when_deleted(again), lambda e: self.lose_leadership(str(e))))
             self.after(RECHECK_S, again)
 
     def _lead(self, number: int, token: int) -> None:
@@ -161,12 +174,12 @@ class Candidate(Process):
             elif self.term is not None:
                 self.term.nodes_changed(found)
 
-        self._watches = [self.client.follow("", began, lambda e: self._over(str(e)))]
+        self._watches = [self.client.follow("", began, lambda e: self.lose_leadership(str(e)))]
         self._watches.append(
-            self.client.follow(LEADER_KEY, _when_replaced(token, lambda: self._over("the key is gone")), lambda e: self._over(str(e)))
+            self.client.follow(LEADER_KEY, _when_replaced(token, lambda: self.lose_leadership("the key is gone")), lambda e: self.lose_leadership(str(e)))
         )
 
-    def _over(self, reason: str) -> None:
+    def lose_leadership(self, reason: str) -> None:
         """The term, or the candidacy, ended without the job's end."""
         self.tell(f"term over: {reason}")
         self._stop_term()
@@ -220,19 +233,19 @@ class Candidate(Process):
         def take(message: AgentMessage) -> None:
             if greeted:
                 self._post(greeted[0], message)
+            elif self.term is None:
+                stream.close(1, "this controller does not lead")
             elif isinstance(message, Hello):
-                greeted.append(self._hello(stream, message))
+                greeted.append(self._hello(stream, message, self.term))
 
         end.on_message = take
         end.on_end = lambda reason: self._stream_ended(greeted, reason)
         self.after(HELLO_DEADLINE_S, deadline)
 
-    def _hello(self, stream: Stream, hello: Hello) -> int:
+    def _hello(self, stream: Stream, hello: Hello, term: "Term") -> int:
         self._numbers += 1
         self.server[self._numbers] = stream
-        if self.term is not None:
-            stamp = self.term.stamp()
-            self.term.take(AgentConnected(connection=self._numbers, hello=hello, **stamp))
+        term.take(AgentConnected(connection=self._numbers, hello=hello, **term.stamp()))
         return self._numbers
 
     def _post(self, connection: int, message: AgentMessage) -> None:
@@ -286,7 +299,7 @@ class Term:
         candidate.tell(f"leads with token {self.token}")
         self._enqueue(self.core.begin(candidate.sim.now))
         if self.core.result is not None:
-            self._farewell()
+            self._farewell(late=True)
         self._arm()
 
     def stamp(self) -> dict[str, float | str]:
@@ -372,7 +385,7 @@ class Term:
                     self.candidate.close_stream(connection)
                 case EndJob(result=result):
                     self.candidate.tell(f"job {result.state}: {result.message}")
-                    self._farewell()
+                    self._farewell(late=False)
 
     def _persist(self, action: Persist) -> None:
         candidate = self.candidate
@@ -394,13 +407,13 @@ class Term:
             return
         candidate = self.candidate
         if isinstance(answer, StoreUncertain | FenceLost):
-            candidate._over(str(answer))
+            candidate.lose_leadership(str(answer))
         elif isinstance(answer, StoreError):
             candidate.after(STORE_RETRY_S, lambda: None if self.over else self._persist(action))
         elif not answer.succeeded:
             holder = answer.current[0]
             if holder is None or holder.create_revision != self.token:
-                candidate._over("another leads")
+                candidate.lose_leadership("another leads")
                 return
             keys = [put.key for put in action.puts if put.create]
             raise Violation(f"{candidate.name}: one of {keys} was there already: StoreCorrupt ends this controller")
@@ -409,13 +422,14 @@ class Term:
             self._writing = False
             self._execute()
 
-    def _farewell(self) -> None:
+    def _farewell(self, *, late: bool) -> None:
+        """Late: the job ended under another leader, and agents that missed it have yet to come."""
         deadline = self.candidate.clock() + FAREWELL_S
 
         def look() -> None:
             if self.over:
                 return
-            if not self.candidate.server or self.candidate.clock() >= deadline:
+            if not (late or self.candidate.server) or self.candidate.clock() >= deadline:
                 self.candidate.resign()
             else:
                 self.candidate.after(TICK_BUSY_S, look)

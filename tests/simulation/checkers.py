@@ -5,6 +5,7 @@ Judged from what is durable and from what really runs, never from what a core be
 
 from typing import TYPE_CHECKING
 
+from elastic_run.agent.core import Aim
 from elastic_run.controller.actions import Persist
 from elastic_run.runtime.protocol.config import JobConfig
 from elastic_run.runtime.protocol.messages import Install
@@ -175,12 +176,14 @@ class Checkers:
         if now - last > 2 * node.config.monitor_interval_s:
             since = now  # it stood still meanwhile
         self._stale_since[node.name] = (since, now)
-        lag_s = self.etcd.lag_s_max if self.etcd is not None else 0.0
-        if now - since > FENCED_AFTER_S + lag_s:
+        allowed_s = FENCED_AFTER_S + (self.etcd.lag_s_max if self.etcd is not None else 0.0)
+        if node.core.aim is Aim.EXIT:
+            allowed_s += node.config.shutdown_timeout_s  # its user stops it, and gives its workers that long
+        if now - since > allowed_s:
             raise Violation(f"{node.incarnation} runs view {crew.install.view} {now - since:.1f} s after {self.current}")
 
     def exited(self, node: "Node") -> None:
-        code, said = node.exit_code, node.why_exit
+        code, said = node.exit_code, node.refused or node.said
         state = self.result.state if self.result is not None else None
         if code is None or code >= 128:
             return

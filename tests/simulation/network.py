@@ -192,6 +192,14 @@ class Network:
     def of(self, process: Process) -> list[Stream]:
         return [s for s in self.streams if s.ends[0].process is process or s.ends[1].process is process]
 
+    def stalled(self, process: Process) -> None:
+        for stream in self.of(process):
+            stream.disturbed()
+
+    def resumed(self, process: Process) -> None:
+        for stream in self.of(process):
+            stream.healed()
+
     def gone(self, process: Process, *, silently: bool) -> None:
         """A process ended: its kernel resets its streams, unless the whole host lost power."""
         for stream in self.of(process):

@@ -222,7 +222,7 @@ class Node(Process):
         self.client = EtcdClient(etcd, self)
         self.core = core_of(config, self.clock())
         self.exit_code: int | None = None
-        self.why_exit = ""
+        self.said = self.refused = ""
         self.crew: Crew | None = None
         self._stopping = False
         self._inbox: deque[events.AgentEvent] = deque()
@@ -245,12 +245,11 @@ class Node(Process):
         crew, self.crew = self.crew, None
         self._gone(silently=silently)
         if crew is not None:
-            crew.kill()
+            crew.kill(silently=silently)
 
     def stall(self) -> None:
         super().stall()
-        for stream in self.network.of(self):
-            stream.disturbed()
+        self.network.stalled(self)
 
     def stall_host(self) -> None:
         self.stall()
@@ -260,8 +259,7 @@ class Node(Process):
     def resume(self) -> None:
         if self.crew is not None:
             self.crew.stalled = False
-        for stream in self.network.of(self):
-            stream.healed()
+        self.network.resumed(self)
         super().resume()
 
     def signal(self, number: int) -> None:
@@ -332,7 +330,8 @@ class Node(Process):
                     self.checkers.acknowledged(self.config.node, self.incarnation, message.view)
                 self.session.tell(message)
             case Announce(line=line):
-                self.why_exit = line
+                self.said = line
+                self.refused = line if line.startswith("refused: ") else self.refused
                 self.tell(f"says: {line}")
             case ReservePort():
                 self._ports += 1

@@ -93,9 +93,11 @@ class Crew:
         self.agent.run(lambda: self._report(self.install.view, worker.local_rank, failure))
         self._look_stopped()
 
-    def kill(self) -> None:
-        """The agent died: the parent-death signal takes the workers at once."""
+    def kill(self, *, silently: bool = False) -> None:
+        """The agent died: the parent-death signal takes the workers at once. Silently: peers hear no reset."""
         for worker in self.workers:
+            if silently:
+                worker.alive = False
             worker.exit(None, signal.SIGKILL, "died with its agent")
 
     def stop(self, term_s: float, on_stopped: Callable[[], None] | None = None) -> None:

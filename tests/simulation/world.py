@@ -4,9 +4,10 @@ Safety phase: faults as the swarm draws them; the checkers hold all the time. Li
 LIVENESS_S the job ended, or all living nodes up to MAX run in one view. Then the job must end, and nothing may be left.
 """
 
+import signal
 from collections.abc import Callable
 
-from elastic_run.agent.core import AgentCore
+from elastic_run.agent.core import AgentCore, Aim
 from elastic_run.controller.core import ControllerCore
 from elastic_run.controller.events import TermBegan
 from elastic_run.runtime.protocol.config import (
@@ -35,6 +36,8 @@ LIVENESS_S = 45.0
 (60 s), because nobody noticed its lease go, is late."""
 END_S = 45.0
 STEPS_TO_THE_END = 3
+OWN_FAILURES = ("fails by itself", "raises at its step")
+"""Failures the swarm brought about, which may be judged only when all is calm."""
 
 
 class World:
@@ -75,7 +78,10 @@ class World:
         self.candidates: dict[str, Candidate] = {}
         #: told of every candidate that is started
         self.on_candidate: Callable[[Candidate], None] = lambda _: None
-        self._lives: dict[str, int] = {}
+        #: agents that nobody told of the job's end
+        self.cut_off: list[str] = []
+        self._at_peace = False
+        self.lives: dict[str, int] = {}
         self._names = [f"n{i}" for i in range(o.nodes)]
         self._candidate_hosts = {
             f"c{i}": f"host-n{i % o.nodes}" if o.shared_hosts else f"host-c{i}" for i in range(o.candidates)
@@ -109,11 +115,13 @@ class World:
         self.on_candidate(candidate)
 
     def start_node(self, name: str) -> None:
-        """Start an agent, unless one lives or was sent away."""
+        """Start an agent, unless one lives or was sent away, or the job is over."""
         known = self.nodes.get(name)
-        if known is not None and (known.alive or known.exit_code in (0, 1, 2)):
+        if self.checkers.result is not None:
             return
-        self._lives[name] = self._lives.get(name, 0) + 1
+        if known is not None and (known.alive or (known.exit_code in (0, 1, 2) and not self._at_peace)):
+            return
+        self.lives[name] = self.lives.get(name, 0) + 1
         config = AgentConfig(
             job=self.job,
             store=StoreConfig(endpoints=("sim",)),
@@ -131,7 +139,7 @@ class World:
         node = Node(
             self.sim,
             config,
-            life=self._lives[name],
+            life=self.lives[name],
             core_of=self._agent_core,
             etcd=self.etcd,
             network=self.network,
@@ -149,7 +157,8 @@ class World:
         return holder
 
     def alive(self) -> list[Node]:
-        return [node for node in self.nodes.values() if node.alive and node.exit_code is None]
+        """Nodes that take part: not those on their way out."""
+        return [node for node in self.nodes.values() if node.alive and node.core.aim is not Aim.EXIT]
 
     def pick_node(self) -> Node | None:
         alive = self.alive()
@@ -177,14 +186,18 @@ class World:
         self.training.raises_at = None
         for name in self._candidate_hosts:
             self.sim.at(self.sim.between(0.05, 2.0), lambda name=name: self.start_candidate(name))
+        self._at_peace = True
+        self._fill_up(others=True)
+
+    def _fill_up(self, *, others: bool = False) -> None:
+        """Users start agents again until MIN are there, also where one was sent away; `others`: some more at first."""
         missing = self.options.nodes_min - len(self.alive())
         for name in self._names:
             known = self.nodes.get(name)
-            if (known is None or known.exit_code is not None or not known.alive) and (
-                missing > 0 or self.sim.chance(0.5)
-            ):
+            if (known is None or not known.alive) and (missing > 0 or (others and self.sim.chance(0.5))):
                 missing -= 1
                 self.sim.at(self.sim.between(1.1, 3.0), lambda name=name: self.start_node(name))
+        self.sim.at(4.0, self._fill_up)
 
     def expect(self, done: Callable[[], bool], seconds: float, otherwise: str) -> None:
         if not self.sim.run_until(self.sim.now + seconds, done):
@@ -194,10 +207,9 @@ class World:
         if self.checkers.result is not None:
             return True
         alive = self.alive()
-        if len(alive) < self.options.nodes_min:
-            return self.sim.now > self.options.safety_s + 10.0  # too few were left to the job: nothing to expect
         view = self.checkers.views.get(self.checkers.current)
-        if view is None or view.number != max(self.checkers.views) or self.leader is None:
+        tried = (v.number for v in self.checkers.views.values() if v.status is not ViewStatus.ABANDONED)
+        if view is None or view.number != max(tried) or self.leader is None:
             return False
         members = [node for node in alive if view.holds(node.config.node, node.incarnation)]
         return len(members) == len(view.members) == min(len(alive), self.options.nodes_max) and all(
@@ -207,17 +219,29 @@ class World:
 
     def finish(self) -> None:
         """Let the job end, and see that it did well and nothing is left."""
-        if self.checkers.result is None and len(self.alive()) < self.options.nodes_min:
-            return
         self.training.steps_total = min(self.training.steps_total, self.training.progress + STEPS_TO_THE_END)
         unended = self.checkers.result is None
         self.expect(lambda: self.checkers.result is not None, END_S, "the workers can finish and the job did not end")
         result = self.checkers.result
-        if unended and result is not None and result.state is not JobState.SUCCEEDED:
+        ours = result is not None and any(fault in result.message for fault in OWN_FAILURES)
+        if unended and result is not None and result.state is not JobState.SUCCEEDED and not ours:
             raise Violation(f"left in peace, the job failed: {result.message}")
+        if not unended:
+            self._stop_the_cut_off()
+        self.sim.run_until(self.sim.now + 3.0)  # launchers start dead candidates again
         self.expect(self._all_gone, END_S, "the job has ended and somebody stays")
         self.sim.run_until(self.sim.now + 5.0)  # leases of those who could not say goodbye
         self.checkers.nothing_leaks(self)
+
+    def _stop_the_cut_off(self) -> None:
+        """Agents that had no controller when the job ended, nor since, wait until their users stop them."""
+        self.expect(lambda: not any(c.alive for c in self.candidates.values()), END_S, "controllers stay")
+        self.sim.run_until(self.sim.now + 5.0)
+        for node in self.alive():
+            if node.core.connected:
+                raise Violation(f"{node.name} was connected to the last controller and was not told of the end")
+            self.cut_off.append(node.name)
+            node.signal(signal.SIGTERM)
 
     def _all_gone(self) -> bool:
         return not any(node.alive for node in self.nodes.values()) and not any(
