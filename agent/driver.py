@@ -174,7 +174,7 @@ class AgentDriver:
         self._post(events.WorkersStopped(now=time.monotonic(), starts=starts))
 
     async def _start_workers(self, install: Install) -> None:
-        self._failures, self._parked = [], {}
+        self._failures, self._parked, self._park_view = [], {}, ViewNumber(0)
         around = workers.Surroundings(
             agent_socket=self._socket_path,
             environment=os.environ,
@@ -217,6 +217,7 @@ class AgentDriver:
             self._failures.append(exited.failure)
             message = exited.failure.as_message(now)
         self._post(events.WorkerExited(now=now, view=view, local_rank=exited.local_rank, failure=message))
+        self._tell_if_parked()
 
     def _heard(self, message: ControllerMessage) -> None:
         if isinstance(message, Welcome) and not self._present:
@@ -247,8 +248,14 @@ class AgentDriver:
     def _worker_said(self, event: WorkerEvent) -> None:
         if isinstance(event, WorkerParked) and event.view == self._park_view and self._group is not None:
             self._parked[event.worker] = event.step
-            if all(w.incarnation in self._parked for w in self._group.workers if w.alive):
-                self._post(events.WorkersParked(now=time.monotonic(), view=event.view))
+            self._tell_if_parked()
+
+    def _tell_if_parked(self) -> None:
+        """Post that every living worker is parked; one that ends instead is not waited for."""
+        if self._group is None or not self._park_view:
+            return
+        if all(worker.incarnation in self._parked for worker in self._group.workers if worker.alive):
+            self._post(events.WorkersParked(now=time.monotonic(), view=self._park_view))
 
     # What others are told
 

@@ -60,7 +60,7 @@ KINDS = (
 BURST_MAX = 3
 BURST_GAP_S = (0.5, 4.0)
 """Within a burst faults fall into the recovery from the one before."""
-SHORT_REST_S, LONG_REST_S = (6.0, 10.0), (21.0, 25.0)
+SHORT_REST_S, LONG_REST_S = (6.0, 10.0), (26.0, 30.0)
 """Between bursts, with even chances: all is well again, or so long that steps must have come (checkers/progress.py)."""
 STORE_REST_S = 2.0
 """From one fault of the store to the next: its members need a second to be of one mind again."""

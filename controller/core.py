@@ -9,14 +9,14 @@ Invariants (validate(), tests/unit/test_controller_core.py, tests/simulation):
 3. Nothing is sent that is not durable first. 4. A dead or unknown node is never a member of a new view.
 5. Losses push a view at once; joins ride on a step boundary, and never while a member has finished.
 Source: DESIGN section 4; last call and restart budget as in torch's dynamic rendezvous and elastic agent.
-Not here: is a node alive (suspicion.py), may a view form (quorum.py), what a failure costs (blame.py), I/O (driver.py).
+Not here: is a node alive (suspicion.py), how members stand (standing.py), may a view form (quorum.py), what a failure
+costs (blame.py), what members are told (assignment.py), I/O (driver.py).
 """
 
 import dataclasses
-import math
 from typing import assert_never
 
-from elastic_run.controller import admission, assignment, blame, quorum, suspicion
+from elastic_run.controller import admission, assignment, blame, quorum, standing
 from elastic_run.controller.actions import Action, CloseConnection, EndJob, Persist, Put, Send
 from elastic_run.controller.change import Change, advance
 from elastic_run.controller.events import (
@@ -62,7 +62,7 @@ from elastic_run.runtime.protocol.records import (
     JobState,
     view_key,
 )
-from elastic_run.runtime.protocol.view import Member, View, ViewStatus
+from elastic_run.runtime.protocol.view import View, ViewStatus
 
 FAILURE_SETTLE_S = 0.3
 """Time given to other nodes' failures and to a broken stream to arrive before a worker failure is judged."""
@@ -70,8 +70,8 @@ JOIN_SETTLE_S = 0.5
 """Nodes that arrive together are taken in together."""
 PREPARE_TIMEOUT_S = 60.0
 """A member that has not reached its safe point by then is left out; agents stop workers within 5 s plus the kill."""
-SAFE_POINT_AHEAD_S = 1.5
-"""How far ahead of the newest heard step workers park: one heartbeat, one transaction, one message."""
+QUIET_S, QUIET_SETTLED_S = 0.05, 0.25
+"""Heartbeats that say nothing new are weighed no more often: a large job has thousands of them each second."""
 
 
 class ControllerCore:
@@ -98,7 +98,9 @@ class ControllerCore:
         self._enough_since: float | None = None
         self._short_since: float | None = None
         self._joiner_since: float | None = None
-        self._now = began.now
+        #: nothing waits for a time-out shorter than a second: the driver may tick slowly
+        self.settled = False
+        self._now = self._weighed_at = began.now
         self._out: list[Action] = []
         self._write_spec = records.spec is None
         last = records.views[-1] if records.views else None
@@ -113,9 +115,7 @@ class ControllerCore:
     def job(self) -> JobConfig:
         return self.spec.job
 
-    @property
-    def settled(self) -> bool:
-        """Nothing waits for a time-out shorter than a second: the driver may tick slowly."""
+    def _is_settled(self) -> bool:
         alive = all(node.condition is Condition.ALIVE for node in self.roster)
         return alive and self.change is None and not self.failures and self._joiner_since is None
 
@@ -130,11 +130,23 @@ class ControllerCore:
     def handle(self, event: ControllerEvent) -> list[Action]:
         """Take one event, return what is to be done, in order."""
         self._now, self.journal.wall = event.now, event.wall
+        weigh = self.result is None and not self._says_nothing_new(event)
         self._take(event)
-        if self.result is None:
+        if weigh and self.result is None:
+            self._weighed_at = event.now
             self._judge()
             self._decide()
+            self.settled = self._is_settled()
         return self._flush()
+
+    def _says_nothing_new(self, event: ControllerEvent) -> bool:
+        if not isinstance(event, AgentSpoke) or not isinstance(event.message, Heartbeat):
+            return False
+        node, said = self.roster.of(event.connection), event.message.state
+        if node is None or node.stuck or node.condition is not Condition.ALIVE:
+            return False
+        pause_s = QUIET_SETTLED_S if self.settled else QUIET_S
+        return (node.state.view, node.state.phase) == (said.view, said.phase) and event.now - self._weighed_at < pause_s
 
     def _flush(self) -> list[Action]:
         actions, self._out = self.journal.weave(self._out), []
@@ -266,58 +278,24 @@ class ControllerCore:
         if view is None:
             self._form("the job starts")
             return
-        lost = [member.node for member in view.members if not self._stands(member, view)]
-        if lost and self._may_return(view):
+        lost = standing.lost(self.roster, view)
+        if lost and standing.any_may_return(self.roster, view, self._now):
             return
         if not lost:
             self._short_since, self.waiting_for = None, ""
         if lost:
             self._form(f"{_names(lost)} lost, {len(view.members) - len(lost)} of {len(view.members)} nodes remain")
-        elif self._all_finished(view):
+        elif standing.all_finished(self.roster, view):
             self._succeed(view)
         elif self.failures:
             self._answer_failures(view)
         else:
             self._consider_joiners(view)
 
-    def _stands(self, member: Member, view: View) -> bool:
-        """The member is still this incarnation, and nothing it says contradicts that its workers are of this view."""
-        node = self.roster.holder(member)
-        if node is None or node.connection is None:
-            return node is not None
-        return node.state.view == view.number and node.state.phase not in (AgentPhase.IDLE, AgentPhase.PREPARING)
-
-    def _may_return(self, view: View) -> bool:
-        """A survivor whose stream just broke is given its grace, so that one view change serves."""
-        return any(
-            node is not None
-            and node.broken_at is not None
-            and self._now - node.broken_at < suspicion.grace_s(node.adopted)
-            for node in map(self.roster.holder, view.members)
-        )
-
-    def _finished(self, member: Member, view: View) -> bool:
-        node = self.roster.holder(member)
-        return node is not None and node.finished_view == view.number
-
-    def _all_finished(self, view: View) -> bool:
-        return all(self._finished(member, view) for member in view.members)
-
-    def _suspects(self, view: View) -> bool:
-        holders = [self.roster.holder(member) for member in view.members]
-        return any(node is None or node.condition is not Condition.ALIVE for node in holders)
-
-    def _joiners(self, view: View) -> list[NodeId]:
-        free = self.job.nodes_max - len(view.members)
-        if free <= 0:
-            return []
-        inside = {member.node for member in view.members}
-        return [n.node for n in self.roster if n.available and n.node not in inside][:free]
-
     def _answer_failures(self, view: View) -> None:
         if self.failures.heard_since is None or self._now < self.failures.heard_since + FAILURE_SETTLE_S:
             return
-        if self._suspects(view):
+        if standing.any_suspect(self.roster, view):
             return  # either it comes back within its grace, or it is lost and these failures are its consequence
         decision = blame.may_restart(
             restarts_used=self.restarts_used,
@@ -330,21 +308,15 @@ class ControllerCore:
             self._end(JobState.FAILED, decision.reason)
 
     def _consider_joiners(self, view: View) -> None:
-        joiners = self._joiners(view)
-        if not joiners or self._suspects(view) or any(self._finished(member, view) for member in view.members):
+        joiners = standing.joiners(self.roster, view, self.job.nodes_max)
+        hindered = standing.any_suspect(self.roster, view) or standing.any_finished(self.roster, view)
+        if not joiners or hindered:
             self._joiner_since = None
             return
         if self._joiner_since is None:
             self._joiner_since = self._now
         if self._now - self._joiner_since >= JOIN_SETTLE_S:
-            self._form(f"{_names(joiners)} joined", stop_at_step=self._boundary(view))
-
-    def _boundary(self, view: View) -> int | None:
-        """Return the step after which all workers park; None when no steps are counted (yet)."""
-        states = [n.state for n in map(self.roster.holder, view.members) if n is not None and n.runs(view.number)]
-        newest = max((state.step_max for state in states), default=0)
-        ahead = math.ceil(max((state.step_rate_hz for state in states), default=0.0) * SAFE_POINT_AHEAD_S)
-        return newest + 2 + ahead if newest else None
+            self._form(f"{_names(joiners)} joined", stop_at_step=standing.boundary(self.roster, view))
 
     # View changes
 
@@ -412,12 +384,12 @@ class ControllerCore:
 
     def _drive(self, change: Change) -> None:
         view = change.view
-        if self.view is not None and self._all_finished(self.view):
+        if self.view is not None and standing.all_finished(self.roster, self.view):
             self._succeed(self.view)  # they came to their end before they came to their safe point
             return
         holders = [self.roster.holder(member) for member in view.members]
         gone = [m.node for m, node in zip(view.members, holders, strict=True) if node is None or node.stuck]
-        waits = self._may_return(view)
+        waits = standing.any_may_return(self.roster, view, self._now)
         if gone and not waits:
             self._form(f"{_names(gone)} lost while view {view.number} was prepared")
         if gone:
@@ -427,7 +399,7 @@ class ControllerCore:
         if unready and self._now - change.begun_at >= PREPARE_TIMEOUT_S:
             for node in unready:
                 self._leave_out(node)
-        elif not waits and (joiners := self._joiners(view)) and self._enough(members, joiners):
+        elif not waits and (joiners := self._takes(view, members)):
             self._form(
                 f"{_names(joiners)} joined while view {view.number} was prepared", stop_at_step=view.stop_at_step
             )
@@ -436,10 +408,11 @@ class ControllerCore:
         elif not unready:
             self._hold(len(members))
 
-    def _enough(self, members: list[Node], joiners: list[NodeId]) -> bool:
-        """While no member can be told anything, there is no change that joiners could take part in."""
+    def _takes(self, view: View, members: list[Node]) -> list[NodeId]:
+        """Return who can join the change: nobody while no member can be told anything, or all are still too few."""
+        joiners = standing.joiners(self.roster, view, self.job.nodes_max)
         present = sum(node.available for node in members)
-        return present > 0 and present + len(joiners) >= self.job.nodes_min
+        return joiners if present and present + len(joiners) >= self.job.nodes_min else []
 
     def _leave_out(self, node: Node) -> None:
         node.stuck = True

@@ -29,6 +29,7 @@ MODULES = (
     "controller/quorum.py",
     "controller/report.py",
     "controller/roster.py",
+    "controller/standing.py",
     "controller/suspicion.py",
     "agent/core.py",
     "agent/environment.py",

@@ -26,7 +26,7 @@ NO_END = 1 << 30
 def main(directory: Path, save_every: int, pace_s: float) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    train(directory, save_every, pace_s)
+    train(directory, save_every, pace_s)  # its replica is gone before the group: the other way round gloo may hang
     dist.destroy_process_group()
 
 

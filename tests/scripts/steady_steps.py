@@ -32,8 +32,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
+    # A function of its own: a replica that outlives the process group takes gloo down with the GIL held, and hangs.
     train(args.directory, args.pace, args.fail_at)
-    dist.destroy_process_group()  # after the replica is gone, which would otherwise take gloo down while it holds the GIL
+    dist.destroy_process_group()
 
 
 def train(directory: Path, pace_s: float, fail_at: int) -> None:

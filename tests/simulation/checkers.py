@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from simulation.world import World
 
 FENCED_AFTER_S = 10.0
-"""An agent that knows of a newer view, or could, has stopped its workers by then: their time-out of 5 s and a margin."""
+"""An agent that knows of a newer view, or could, has stopped its workers by then: their 5 s and a margin."""
 REFUSALS_ALLOWED = ("is already there and alive", "is complete with")
 
 _NEXT: dict[ViewStatus | None, tuple[ViewStatus, ...]] = {
@@ -79,7 +79,7 @@ class Checkers:
                     if sequence != self._sequence + 1:
                         raise Violation(f"event {sequence} was written after {self._sequence}")
                     self._sequence = sequence
-        if self.views.get(self.current, None) is None and self.current:
+        if self.views.get(self.current) is None and self.current:
             raise Violation(f"view {self.current} is current and was never written")
 
     def _view_written(self, view: View) -> None:
@@ -139,15 +139,21 @@ class Checkers:
     def starting(self, node: "Node", install: Install) -> None:
         view = self.views.get(install.view)
         if view is None or view.status is not ViewStatus.INSTALLED:
-            raise Violation(f"{node.incarnation} starts workers of view {install.view}, which is not durable as installed")
+            raise Violation(
+                f"{node.incarnation} starts workers of view {install.view}, which is not durable as installed"
+            )
         if not view.holds(node.config.node, node.incarnation):
             raise Violation(f"{node.incarnation} starts workers of view {install.view} and is no member")
         first = Placement.of(view).first_ranks[install.group_rank]
         if (install.first_rank, install.world_size) != (first, view.world_size):
-            raise Violation(f"{node.incarnation} got ranks from {install.first_rank} of view {install.view}, not {first}")
+            raise Violation(
+                f"{node.incarnation} got ranks from {install.first_rank} of view {install.view}, not {first}"
+            )
         for crew in node.training.crews:
             if crew.alive and crew.agent.host == node.host:
-                raise Violation(f"{node.incarnation} starts view {install.view} while view {crew.install.view} runs there")
+                raise Violation(
+                    f"{node.incarnation} starts view {install.view} while view {crew.install.view} runs there"
+                )
 
     def stepped(self, number: int) -> None:
         view = self.views[number]
@@ -180,7 +186,9 @@ class Checkers:
         if node.core.aim is Aim.EXIT:
             allowed_s += node.config.shutdown_timeout_s  # its user stops it, and gives its workers that long
         if now - since > allowed_s:
-            raise Violation(f"{node.incarnation} runs view {crew.install.view} {now - since:.1f} s after {self.current}")
+            raise Violation(
+                f"{node.incarnation} runs view {crew.install.view} {now - since:.1f} s after {self.current}"
+            )
 
     def exited(self, node: "Node") -> None:
         code, said = node.exit_code, node.refused or node.said

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 MOMENTS_MAX = 2_000_000
 """A world that needs more has run away."""
-TAIL_LINES = 2000
+TAIL_LINES = 1000
 OFFSET_S_MAX = 1_000_000.0
 
 Callback = Callable[[], None]

@@ -2,7 +2,7 @@
 
 import pytest
 
-WORLDS_DEFAULT = 1000
+WORLDS_DEFAULT = 2000
 BLOCK = 50
 """Worlds in one test."""
 

@@ -1,13 +1,17 @@
 """A small etcd in virtual time: revisions, fenced transactions, leases, watches that lag, outages.
 
 One `Etcd` is the cluster; an `EtcdClient` is what runtime/edge/etcd.py is to one process, with the promises of
-runtime/edge/store.py: a write is applied once, or not at all, or its outcome is StoreUncertain, and then it may still be
+runtime/edge/store.py: a write is applied once, or not at all, or its outcome is StoreUncertain; then it may still be
 applied until the next write of the same client returns.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+
+from simulation.clock import Process, Simulation
+from simulation.network import Network
 
 from elastic_run.runtime.edge.store import (
     CALL_DEADLINE_S,
@@ -24,8 +28,6 @@ from elastic_run.runtime.edge.store import (
     Write,
 )
 from elastic_run.runtime.protocol.errors import FenceLost, StoreError, StoreUnavailable, StoreUncertain
-from simulation.clock import Process, Simulation
-from simulation.network import Network
 
 HOST = "etcd"
 RTT_S = (0.0005, 0.006)
@@ -157,7 +159,12 @@ class Etcd:
             elif previous is not None:
                 del self.keys[write.key]
                 gone = KeyValue(
-                    key=write.key, value=b"", create_revision=0, mod_revision=self.revision, version=0, lease_id=LeaseId(0)
+                    key=write.key,
+                    value=b"",
+                    create_revision=0,
+                    mod_revision=self.revision,
+                    version=0,
+                    lease_id=LeaseId(0),
                 )
                 events.append(WatchEvent(kind=EventKind.DELETE, kv=gone, previous=previous))
         self.history.extend(events)
@@ -297,7 +304,7 @@ class EtcdClient:
             return
         if write:
             self._apply_late()
-        self.process.after(sim.between(*RTT_S), lambda result=_outcome(operation): answer(result))
+        self.process.after(sim.between(*RTT_S), partial(answer, _outcome(operation)))
 
     def _lose(self, operation: Callable[[], Any], answer: Answer, deadline: float) -> None:
         """The answer is lost: the write was applied, or was not, or will be before the next one returns."""

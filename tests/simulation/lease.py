@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 
+from simulation.etcd import EtcdClient
+
 from elastic_run.runtime.edge.lease import RENEWALS_PER_TTL, RETRIES_PER_TTL
 from elastic_run.runtime.edge.store import LeaseId
 from elastic_run.runtime.protocol.errors import FenceLost, StoreError
-from simulation.etcd import EtcdClient
 
 
 class Keeper:

@@ -8,6 +8,7 @@ Not here: when a link fails (swarm.py), what is said (candidate.py, node.py).
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from simulation.clock import Process, Simulation
@@ -94,7 +95,7 @@ class Stream:
             end = self.ends[side]
             end.epoch += 1
             epoch = end.epoch
-            self.sim.at(self.sim.between(*KEEPALIVE_S), lambda side=side, epoch=epoch: self._check(side, epoch))
+            self.sim.at(self.sim.between(*KEEPALIVE_S), partial(self._check, side, epoch))
 
     def healed(self) -> None:
         """Send again what was held; no keep-alive is missed any more when both ways are open."""

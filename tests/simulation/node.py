@@ -3,6 +3,13 @@
 from collections import deque
 from collections.abc import Callable
 
+from simulation.candidate import Candidate
+from simulation.clock import Process, Simulation
+from simulation.etcd import Etcd, EtcdClient
+from simulation.lease import Keeper
+from simulation.network import Network, Stream
+from simulation.workers import Crew, Training
+
 from elastic_run.agent import events
 from elastic_run.agent.actions import (
     Action,
@@ -45,13 +52,6 @@ from elastic_run.runtime.protocol.records import (
     NodeRecord,
     node_key,
 )
-from simulation.candidate import Candidate
-from simulation.checkers import Checkers
-from simulation.clock import Process, Simulation
-from simulation.etcd import Etcd, EtcdClient
-from simulation.lease import Keeper
-from simulation.network import Network, Stream
-from simulation.workers import Crew, Training
 
 TURNED_AWAY = "no hello within"
 """The server aborts such a call as an invalid one, which the session passes on as a refusal."""
@@ -211,13 +211,12 @@ class Node(Process):
         etcd: Etcd,
         network: Network,
         training: Training,
-        checkers: Checkers,
         controllers: Callable[[], dict[str, Candidate]],
         core_of: Callable[[AgentConfig, float], AgentCore],
     ) -> None:
         super().__init__(sim, f"{config.node}.{life}", f"host-{config.node}")
         self.config, self.etcd, self.network, self.training = config, etcd, network, training
-        self.checkers, self.controllers = checkers, controllers
+        self.checkers, self.controllers = training.checkers, controllers
         self.incarnation = Incarnation(f"{config.node}-{life}")
         self.client = EtcdClient(etcd, self)
         self.core = core_of(config, self.clock())
@@ -229,9 +228,7 @@ class Node(Process):
         self._handling = False
         self._ports = 20_000
         self.session = Session(self)
-        record = NodeRecord(
-            node=config.node, incarnation=self.incarnation, address=config.address, nproc=config.nproc
-        )
+        record = NodeRecord(node=config.node, incarnation=self.incarnation, address=config.address, nproc=config.nproc)
         self.presence = Presence(self, record, config.lease_ttl_s)
         self._present = False
         self._follow()
@@ -274,13 +271,13 @@ class Node(Process):
 
     def post(self, event: events.AgentEvent) -> None:
         """Handle now, or after the event being handled; the driver hears nothing after its exit."""
-        if self.exit_code is not None:
+        if self._asked_to_exit():
             return
         self._inbox.append(event)
         if self._handling:
             return
         self._handling = True
-        while self._inbox and self.alive and self.exit_code is None:
+        while self._inbox and self.alive and not self._asked_to_exit():
             taken = self._inbox.popleft()
             actions = self.core.handle(taken)
             self.core.validate()
@@ -290,8 +287,11 @@ class Node(Process):
             for action in actions:
                 self._execute(action)
         self._handling = False
-        if self.exit_code is not None and self.alive:
+        if self._asked_to_exit() and self.alive:
             self._close()
+
+    def _asked_to_exit(self) -> bool:
+        return self.exit_code is not None
 
     def heard(self, message: ControllerMessage) -> None:
         if isinstance(message, Welcome) and not self._present:

@@ -8,6 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
+from simulation.candidate import Candidate
+from simulation.checkers import Violation
+from simulation.swarm import Options, draw
+from simulation.world import World
+
 from elastic_run.agent.core import AgentCore, Aim
 from elastic_run.controller.change import Change
 from elastic_run.controller.core import ControllerCore
@@ -18,10 +23,6 @@ from elastic_run.runtime.protocol.errors import InvariantViolated
 from elastic_run.runtime.protocol.ids import ViewNumber
 from elastic_run.runtime.protocol.messages import AgentPhase, Prepare
 from elastic_run.runtime.protocol.view import View
-from simulation.candidate import Candidate
-from simulation.checkers import Violation
-from simulation.swarm import Options, draw
-from simulation.world import World
 
 SEEDS_MAX = 400
 
@@ -60,7 +61,7 @@ class KeepsTheDead(ControllerCore):
     """A member that is dead stays in the view."""
 
     def _lose(self, node: Node, why: str) -> None:
-        if self.view is None or not self.view.holds(node.node, node.incarnation):
+        if self.view is None or not self.view.holds(node.node, node.incarnation) or "came back" in why:
             super()._lose(node, why)
 
 
@@ -136,14 +137,26 @@ class Bug:
 def crowded_and_cut_off(seed: int) -> Options:
     """Spares take over from members that are cut off, and come back."""
     return dataclasses.replace(
-        draw(seed), nodes=5, nodes_min=1, nodes_max=2, faults=("isolate",), fault_gap_s=2.0, safety_s=40.0, raises_at=None
+        draw(seed),
+        nodes=5,
+        nodes_min=1,
+        nodes_max=2,
+        faults=("isolate",),
+        fault_gap_s=2.0,
+        safety_s=40.0,
+        raises_at=None,
     )
+
+
+def without_power(seed: int) -> Options:
+    """Hosts vanish without a word."""
+    return dataclasses.replace(draw(seed), faults=("lose_host",), fault_gap_s=4.0, raises_at=None)
 
 
 BUGS = {
     "fencing off": Bug(candidate=WithoutFence),
     "messages before they are durable": Bug(candidate=SendsAtOnce),
-    "lost watch event": Bug(candidate=LosesLeaseEvents),
+    "lost watch event": Bug(candidate=LosesLeaseEvents, options=without_power),
     "install without all acknowledgements": Bug(controller_core=InstallsEarly),
     "dead node kept in a view": Bug(controller_core=KeepsTheDead),
     "view number reused": Bug(controller_core=ReusesNumbers),

@@ -3,10 +3,6 @@
 from collections.abc import Callable
 
 import pytest
-from elastic_run.controller.actions import Action, Persist, Send
-from elastic_run.runtime.protocol.messages import AgentPhase, JobEnded
-from elastic_run.runtime.protocol.records import JobState
-from elastic_run.runtime.protocol.view import ViewStatus
 from simulation.candidate import Candidate
 from simulation.clock import Process
 from simulation.etcd import HOST
@@ -14,6 +10,11 @@ from simulation.network import Network, Stream
 from simulation.node import Node
 from simulation.swarm import Options
 from simulation.world import World
+
+from elastic_run.controller.actions import Action, Persist, Send
+from elastic_run.runtime.protocol.messages import AgentPhase, JobEnded
+from elastic_run.runtime.protocol.records import JobState
+from elastic_run.runtime.protocol.view import ViewStatus
 
 ACTIONS_MAX = 60
 """More than the actions of any view change tried here."""
@@ -236,6 +237,29 @@ def test_a_node_the_controller_can_not_hear_is_not_evicted_by_one_witness() -> N
     settle(world)
     assert world.checkers.current == 1
     assert world.training.progress >= progress + 60
+    world.finish()
+
+
+def test_members_that_were_cut_off_and_replaced_stop_when_they_can_know() -> None:
+    world = world_of(nodes=4, nodes_min=1, nodes_max=2, last_call_s=0.0)
+    settle(world)
+    run(world, 3.0)
+    first = set(members(world))
+    cut = [(node, host) for node in world.alive() if node.incarnation in first for host in world.hosts]
+    others = [(node.host, host) for node, host in cut if host not in {n.host for n, _ in cut}]
+    for one, other in others:
+        world.network.silence(one, other)
+        world.network.silence(other, one)
+    until(world, lambda: world.checkers.current > 1 and not first & set(members(world)), 15.0)
+    run(world, 3.0)
+    assert world.checkers.split_steps > 0  # nobody could tell them: training needs neither controller nor store
+    for one, other in others:
+        world.network.heal(one, other)
+        world.network.heal(other, one)
+    run(world, 6.0)
+    running = {crew.agent.name for crew in world.training.crews if crew.alive}
+    assert not {node.name for node, _ in cut} & running
+    settle(world)
     world.finish()
 
 

@@ -55,7 +55,12 @@ def test_worlds_are_hostile_enough_to_mean_something() -> None:
 def digests(hash_seed: str, seeds: list[str]) -> str:
     environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(TESTS)}
     run = subprocess.run(
-        [sys.executable, "-c", DIGESTS, *seeds], env=environment, capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", DIGESTS, *seeds],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
     )
     return run.stdout
 

@@ -6,12 +6,14 @@ Not here: who starts and stops them (node.py), which of them fail (swarm.py).
 
 import signal
 from collections.abc import Callable
+from functools import partial
 
-from elastic_run.runtime.protocol.ids import ViewNumber
-from elastic_run.runtime.protocol.messages import Failure, Install
 from simulation.checkers import Checkers
 from simulation.clock import Process, Simulation
 from simulation.network import Network
+
+from elastic_run.runtime.protocol.ids import ViewNumber
+from elastic_run.runtime.protocol.messages import Failure, Install
 
 STARTUP_S = (0.05, 0.6)
 PEER_FAILURE_S = (0.005, 0.25)
@@ -110,7 +112,7 @@ class Crew:
                 wait_s = sim.between(*TERM_S)
                 if self.training.ignore_term or wait_s > term_s:
                     wait_s = term_s
-                sim.at(wait_s, lambda worker=worker: self._struck(worker))
+                sim.at(wait_s, partial(self._struck, worker))
         self.stopping = True
         self._look_stopped()
 
@@ -152,7 +154,14 @@ class Gang:
 
 class Training:
     def __init__(
-        self, sim: Simulation, network: Network, checkers: Checkers, *, step_s: float, steps_total: int, ignore_term: bool
+        self,
+        sim: Simulation,
+        network: Network,
+        checkers: Checkers,
+        *,
+        step_s: float,
+        steps_total: int,
+        ignore_term: bool,
     ) -> None:
         self.sim, self.network, self.checkers = sim, network, checkers
         self.step_s, self.steps_total, self.ignore_term = step_s, steps_total, ignore_term
@@ -213,7 +222,7 @@ class Training:
                 gang.over = True
                 for worker in workers:
                     worker.finishing = True
-                    self.sim.at(self.sim.between(0.0, FINISH_SPREAD_S), lambda worker=worker: self._finish(worker))
+                    self.sim.at(self.sim.between(0.0, FINISH_SPREAD_S), partial(self._finish, worker))
                 return
             self._park(gang)
         elif not self._connected(gang):
@@ -255,7 +264,7 @@ class Training:
             return
         for peer in gang.workers:
             if peer.alive and peer is not worker:
-                self.sim.at(self.sim.between(*PEER_FAILURE_S), lambda peer=peer: self._peer_lost(worker, peer))
+                self.sim.at(self.sim.between(*PEER_FAILURE_S), partial(self._peer_lost, worker, peer))
 
     def _peer_lost(self, lost: Worker, peer: Worker) -> None:
         if not peer.alive or peer.parked or peer.finishing or peer.crew.stopping:

@@ -6,6 +6,16 @@ LIVENESS_S the job ended, or all living nodes up to MAX run in one view. Then th
 
 import signal
 from collections.abc import Callable
+from functools import partial
+
+from simulation.candidate import Candidate
+from simulation.checkers import Checkers, Violation
+from simulation.clock import Simulation
+from simulation.etcd import HOST, Etcd
+from simulation.network import Network
+from simulation.node import Node
+from simulation.swarm import Options, Swarm, draw
+from simulation.workers import Training
 
 from elastic_run.agent.core import AgentCore, Aim
 from elastic_run.controller.core import ControllerCore
@@ -22,14 +32,6 @@ from elastic_run.runtime.protocol.ids import JobId, NodeId
 from elastic_run.runtime.protocol.messages import AgentPhase
 from elastic_run.runtime.protocol.records import JobState
 from elastic_run.runtime.protocol.view import ViewStatus
-from simulation.candidate import Candidate
-from simulation.checkers import Checkers, Violation
-from simulation.clock import Simulation
-from simulation.etcd import HOST, Etcd
-from simulation.network import Network
-from simulation.node import Node
-from simulation.swarm import Options, Swarm, draw
-from simulation.workers import Training
 
 LIVENESS_S = 45.0
 """Lease, adoption, last call, safe point and stop together are below 30 s; a node given up only for ISOLATION_S
@@ -88,9 +90,9 @@ class World:
         }
         self.hosts = list(dict.fromkeys([HOST, *(f"host-{n}" for n in self._names), *self._candidate_hosts.values()]))
         for name in self._candidate_hosts:
-            self.sim.at(self.sim.between(0.0, 1.0), lambda name=name: self.start_candidate(name))
+            self.sim.at(self.sim.between(0.0, 1.0), partial(self.start_candidate, name))
         for name in self._names:
-            self.sim.at(self.sim.between(0.0, 2.0), lambda name=name: self.start_node(name))
+            self.sim.at(self.sim.between(0.0, 2.0), partial(self.start_node, name))
         self.swarm = Swarm(self)
 
     # Parts
@@ -144,7 +146,6 @@ class World:
             etcd=self.etcd,
             network=self.network,
             training=self.training,
-            checkers=self.checkers,
             controllers=lambda: self.candidates,
         )
         self.nodes[name] = node
@@ -152,9 +153,8 @@ class World:
 
     @property
     def leader(self) -> Candidate | None:
-        """The candidate that leads by what the store says."""
-        holder = next((c for c in self.candidates.values() if c.leading and c.term is not None), None)
-        return holder
+        """A candidate that believes it leads."""
+        return next((c for c in self.candidates.values() if c.leading), None)
 
     def alive(self) -> list[Node]:
         """Nodes that take part: not those on their way out."""
@@ -185,7 +185,7 @@ class World:
         self.swarm.calm()
         self.training.raises_at = None
         for name in self._candidate_hosts:
-            self.sim.at(self.sim.between(0.05, 2.0), lambda name=name: self.start_candidate(name))
+            self.sim.at(self.sim.between(0.05, 2.0), partial(self.start_candidate, name))
         self._at_peace = True
         self._fill_up(others=True)
 
@@ -196,7 +196,7 @@ class World:
             known = self.nodes.get(name)
             if (known is None or not known.alive) and (missing > 0 or (others and self.sim.chance(0.5))):
                 missing -= 1
-                self.sim.at(self.sim.between(1.1, 3.0), lambda name=name: self.start_node(name))
+                self.sim.at(self.sim.between(1.1, 3.0), partial(self.start_node, name))
         self.sim.at(4.0, self._fill_up)
 
     def expect(self, done: Callable[[], bool], seconds: float, otherwise: str) -> None:
@@ -256,7 +256,9 @@ class World:
             if v.status is not ViewStatus.ABANDONED
         ][-2:]
         nodes = [
-            f"{n.name} {n.core.phase} {n.core.view} of {n.core.current_view}" if n.alive else f"{n.name} gone {n.exit_code}"
+            f"{n.name} {n.core.phase} {n.core.view} of {n.core.current_view}"
+            if n.alive
+            else f"{n.name} gone {n.exit_code}"
             for n in self.nodes.values()
         ]
         leader = self.leader

@@ -935,6 +935,30 @@ def test_a_long_list_of_names_is_cut_short() -> None:
     assert core._names(names[:1]) == "node n0"
 
 
+def test_silence_is_noticed_also_when_others_never_stop_talking() -> None:
+    """No tick comes while events wait, so heartbeats must do."""
+    h = ControllerHarness("1:2")
+    h.run("ab")
+    for _ in range(50):
+        h.now += 0.06
+        h.beat("a", "running", 1)
+    assert "node b is suspect: silent for" in h.entries(EventKind.NODE_SUSPECTED)[0].message
+
+
+def test_a_heartbeat_that_says_nothing_new_is_not_weighed_at_once_and_one_that_does_is() -> None:
+    h = ControllerHarness("1:2")
+    h.run("ab")
+    h.tick()
+    h.now += 0.01
+    roster = h.core.roster.get(NodeId("b"))
+    assert roster is not None
+    roster.said_goodbye = "unheard"
+    h.beat("a", "running", 1, step=9)
+    assert h.core.change is None
+    h.beat("a", "failed", 1)
+    assert h.proposed == "a"
+
+
 def test_an_idle_leader_ticks_slowly_and_a_busy_one_does_not() -> None:
     h = ControllerHarness("1:2")
     h.run("ab")
