@@ -30,7 +30,7 @@ from elastic_run.agent.actions import (
 )
 from elastic_run.agent.core import AgentCore
 from elastic_run.agent.output import LogDirectory
-from elastic_run.agent.presence import Presence, follow_sync, read_token
+from elastic_run.agent.presence import Presence, SyncListener, follow_sync, read_token
 from elastic_run.agent.session import ControllerSession
 from elastic_run.runtime.edge.store import Store
 from elastic_run.runtime.edge.telemetry import Telemetry, TelemetryFile
@@ -38,8 +38,16 @@ from elastic_run.runtime.edge.worker_server import WorkerEvent, WorkerHello, Wor
 from elastic_run.runtime.protocol.config import AgentConfig
 from elastic_run.runtime.protocol.errors import CodecError, PeerRefused
 from elastic_run.runtime.protocol.ids import PROTOCOL_VERSION, Incarnation, ViewNumber
-from elastic_run.runtime.protocol.messages import AgentPhase, ControllerMessage, Failure, Hello, Install, Welcome
-from elastic_run.runtime.protocol.records import NodeRecord
+from elastic_run.runtime.protocol.messages import (
+    AgentPhase,
+    ControllerMessage,
+    Failure,
+    Hello,
+    Install,
+    JobEnded,
+    Welcome,
+)
+from elastic_run.runtime.protocol.records import JobResult, JobState, NodeRecord
 
 EVENTS_QUEUED_MAX = 10_000
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
@@ -90,7 +98,10 @@ class AgentDriver:
             loop.add_signal_handler(number, self._signalled, number)
         await self._server.start()
         self._spawn(self._session.run(), "session")
-        self._spawn(follow_sync(self._store, on_leader=self._session.leader_is, on_current=self._current_seen), "sync")
+        listener = SyncListener(
+            on_leader=self._session.leader_is, on_current=self._current_seen, on_result=self._result_seen
+        )
+        self._spawn(follow_sync(self._store, listener), "sync")
         try:
             while self.exit_code is None:
                 await self._step()
@@ -230,6 +241,10 @@ class AgentDriver:
 
     def _current_seen(self, number: ViewNumber) -> None:
         self._post(events.CurrentViewSeen(now=time.monotonic(), number=number))
+
+    def _result_seen(self, result: JobResult) -> None:
+        """The store says how the job ended: the controller's own word may have been lost with its stream."""
+        self._heard(JobEnded(succeeded=result.state is JobState.SUCCEEDED, message=result.message))
 
     def _signalled(self, number: int) -> None:
         if number == signal.SIGTERM and not self.orphaned and os.getppid() != self._launcher_pid:

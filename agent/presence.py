@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import aclosing
+from dataclasses import dataclass
 
 from elastic_run.runtime.edge.lease import LeaseKeeper
 from elastic_run.runtime.edge.log import OutageLog
@@ -21,9 +22,11 @@ from elastic_run.runtime.protocol.ids import ViewNumber
 from elastic_run.runtime.protocol.records import (
     CURRENT_KEY,
     LEADER_KEY,
+    RESULT_KEY,
     SPEC_KEY,
     SYNC_PREFIX,
     CurrentView,
+    JobResult,
     JobSpec,
     LeaderRecord,
     NodeRecord,
@@ -83,10 +86,25 @@ async def read_token(store: Store) -> str | None:
     return None if found is None else codec.decode(JobSpec, found.value, where=SPEC_KEY).token
 
 
-async def follow_sync(
-    store: Store, *, on_leader: Callable[[str | None], None], on_current: Callable[[ViewNumber], None]
-) -> None:
-    """Tell of every leader and every installed view the store knows, until cancelled."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SyncListener:
+    """Who wants to know what of the store's shared state."""
+
+    on_leader: Callable[[str], None]
+    on_current: Callable[[ViewNumber], None]
+    on_result: Callable[[JobResult], None]
+
+    def take(self, key: str, value: bytes) -> None:
+        if key == LEADER_KEY:
+            self.on_leader(codec.decode(LeaderRecord, value, where=key).address)
+        elif key == CURRENT_KEY:
+            self.on_current(codec.decode(CurrentView, value, where=key).number)
+        elif key == RESULT_KEY:
+            self.on_result(codec.decode(JobResult, value, where=key))
+
+
+async def follow_sync(store: Store, listener: SyncListener) -> None:
+    """Tell of every leader, every installed view and the job's end the store knows, until cancelled."""
     while True:
         try:
             async with aclosing(follow(store, SYNC_PREFIX)) as changes:
@@ -96,10 +114,7 @@ async def follow_sync(
                     else:
                         pairs = [(e.kv.key, e.kv.value) for e in change.events if e.kind is EventKind.PUT]
                     for key, value in pairs:
-                        if key == LEADER_KEY:
-                            on_leader(codec.decode(LeaderRecord, value, where=key).address)
-                        elif key == CURRENT_KEY:
-                            on_current(codec.decode(CurrentView, value, where=key).number)
+                        listener.take(key, value)
         except (StoreError, CodecError) as error:
             log.info("the store can not be followed: %s", error)
         await asyncio.sleep(RETRY_S)

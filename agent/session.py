@@ -42,9 +42,9 @@ class ControllerSession:
         self._drained = asyncio.Event()
         self._heard = False
 
-    def leader_is(self, address: str | None) -> None:
-        """The store names another leader, or none; an open stream to somebody else is left at once."""
-        if address is not None and address != self._address:
+    def leader_is(self, address: str) -> None:
+        """The store names a leader; an open stream to somebody else is left at once."""
+        if address != self._address:
             self._address = address
             self._moved.set()
 
@@ -145,8 +145,9 @@ class ControllerSession:
             data: object = await call.read()  # bytes, or grpc's end-of-file mark
             if not isinstance(data, bytes):
                 return await call.details() or "the controller closed the stream"
-            self._heard = True
-            self._on_message(wire.controller_from_bytes(data))
+            message = wire.controller_from_bytes(data)
+            self._heard = self._heard or not isinstance(message, Refused)  # who is refused has to back off
+            self._on_message(message)
 
     async def _pump(self, call: Any, queue: asyncio.Queue[AgentMessage]) -> str:
         while True:

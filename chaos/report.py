@@ -7,6 +7,8 @@ from elastic_run.chaos.checkers.verdict import Verdict
 from elastic_run.chaos.history import Entry, FaultBegan, HealingBegan, StepDone
 
 HEADER = ("at", "fault", "hit", "next step", "longest pause")
+OVERLAP_S_MIN = 0.5
+"""A pause that begins later than this before the next fault is counted there."""
 
 
 def fault_table(history: Sequence[Entry]) -> list[str]:
@@ -45,6 +47,11 @@ def verdict_lines(verdicts: Sequence[Verdict]) -> list[str]:
 
 
 def _longest_pause_s(steps: Sequence[float], from_s: float, until_s: float) -> float:
-    """The longest time between two steps, of those that overlap the span."""
-    pauses = [b - a for a, b in itertools.pairwise(steps) if b > from_s and a < until_s]
+    """The longest time between two steps, of those that overlap the span; not one the next fault has just begun."""
+    pauses = [
+        after - before
+        for before, after in itertools.pairwise(steps)
+        if after > from_s and before < until_s
+        if before <= from_s or after <= until_s or until_s - before >= OVERLAP_S_MIN
+    ]
     return max(pauses, default=0.0)

@@ -66,6 +66,8 @@ def describe(failure: Failure) -> str:
     """One sentence: rank, node, how it ended, last line of the traceback."""
     end = how_it_ended(failure.exit_code, failure.signal)
     last_line = failure.message.strip().splitlines()[-1].strip()[:200] if failure.message.strip() else ""
+    if last_line.startswith(end):  # a failure without a traceback says no more than how it ended
+        end, last_line = last_line, ""
     detail = f": {last_line}" if last_line else ""
     return f"rank {failure.rank} on node {failure.node} (pid {failure.pid}) {end}{detail}"
 

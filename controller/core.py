@@ -62,7 +62,7 @@ from elastic_run.runtime.protocol.records import (
     JobState,
     view_key,
 )
-from elastic_run.runtime.protocol.view import View, ViewStatus
+from elastic_run.runtime.protocol.view import Member, View, ViewStatus
 
 FAILURE_SETTLE_S = 0.3
 """Time given to other nodes' failures and to a broken stream to arrive before a worker failure is judged."""
@@ -285,12 +285,18 @@ class ControllerCore:
             self._short_since, self.waiting_for = None, ""
         if lost:
             self._form(f"{_names(lost)} lost, {len(view.members) - len(lost)} of {len(view.members)} nodes remain")
-        elif standing.all_finished(self.roster, view):
+        elif self._all_finished(view):
             self._succeed(view)
         elif self.failures:
             self._answer_failures(view)
         else:
             self._consider_joiners(view)
+
+    def _finished(self, member: Member, view: View) -> bool:
+        return standing.finished(self.roster, member, view)
+
+    def _all_finished(self, view: View) -> bool:
+        return all(self._finished(member, view) for member in view.members)
 
     def _answer_failures(self, view: View) -> None:
         if self.failures.heard_since is None or self._now < self.failures.heard_since + FAILURE_SETTLE_S:
@@ -309,7 +315,7 @@ class ControllerCore:
 
     def _consider_joiners(self, view: View) -> None:
         joiners = standing.joiners(self.roster, view, self.job.nodes_max)
-        hindered = standing.any_suspect(self.roster, view) or standing.any_finished(self.roster, view)
+        hindered = standing.any_suspect(self.roster, view) or any(self._finished(m, view) for m in view.members)
         if not joiners or hindered:
             self._joiner_since = None
             return
@@ -384,7 +390,7 @@ class ControllerCore:
 
     def _drive(self, change: Change) -> None:
         view = change.view
-        if self.view is not None and standing.all_finished(self.roster, self.view):
+        if self.view is not None and self._all_finished(self.view):
             self._succeed(self.view)  # they came to their end before they came to their safe point
             return
         holders = [self.roster.holder(member) for member in view.members]

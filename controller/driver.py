@@ -14,7 +14,7 @@ import itertools
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -30,20 +30,20 @@ from elastic_run.controller.events import (
     TermBegan,
     Ticked,
 )
+from elastic_run.controller.node_leases import NodeLeases
 from elastic_run.controller.report import report
 from elastic_run.controller.server import AgentServer
 from elastic_run.runtime.edge.election import Fence, campaign, fenced_txn, resign, until_lost
 from elastic_run.runtime.edge.lease import LeaseKeeper
 from elastic_run.runtime.edge.log import OutageLog
-from elastic_run.runtime.edge.store import Delete, EventKind, Put, Snapshot, Store, WatchBatch, Write, absent, follow
+from elastic_run.runtime.edge.store import Delete, Put, Snapshot, Store, Write, absent, follow
 from elastic_run.runtime.protocol import codec
 from elastic_run.runtime.protocol.config import ControllerConfig
-from elastic_run.runtime.protocol.errors import CodecError, FenceLost, StoreCorrupt, StoreError, StoreUncertain
-from elastic_run.runtime.protocol.ids import FencingToken, Incarnation, JobId, NodeId
+from elastic_run.runtime.protocol.errors import FenceLost, StoreCorrupt, StoreError, StoreUncertain
+from elastic_run.runtime.protocol.ids import FencingToken, JobId
 from elastic_run.runtime.protocol.messages import AgentMessage, Hello, StatusReport
 from elastic_run.runtime.protocol.records import (
     LEADER_KEY,
-    NODES_PREFIX,
     RESULT_KEY,
     JobSpec,
     LeaderRecord,
@@ -167,7 +167,9 @@ class ControllerDriver:
             snapshot = await anext(changes)
             if not isinstance(snapshot, Snapshot):
                 raise StoreCorrupt("the first answer of a listing is not a snapshot")
-            core = ControllerCore(self._term_began(fence, snapshot))
+            began = self._term_began(fence, snapshot)
+            core = ControllerCore(began)
+            leases = NodeLeases(began.records.nodes, on_seen=self._lease_seen, on_gone=self._lease_gone)
             self.core, self._inbox, self._outbox = core, asyncio.Queue(EVENTS_QUEUED_MAX), asyncio.Queue()
             self._ended.clear()
             self._queue(core.begin(time.time()))
@@ -176,7 +178,7 @@ class ControllerDriver:
             tasks = [
                 asyncio.create_task(self._consume(core), name="core"),
                 asyncio.create_task(self._execute(fence), name="executor"),
-                asyncio.create_task(self._watch_nodes(changes), name="watch"),
+                asyncio.create_task(leases.follow(changes), name="watch"),
                 asyncio.create_task(until_lost(self._store, fence), name="fence"),
                 asyncio.create_task(keeper.lost.wait(), name="lease"),
                 asyncio.create_task(self._until_ended(core), name="end"),
@@ -239,44 +241,13 @@ class ControllerDriver:
                 event = Ticked(**self._stamp())  # type: ignore[arg-type]
             self._queue(core.handle(event))
 
-    async def _watch_nodes(self, changes: AsyncGenerator[Snapshot | WatchBatch, None]) -> None:
-        """Turn changes of node leases into events; a gap in the history is repaired by comparing with what is known."""
-        known: dict[str, NodeRecord] = {}
-        async for change in changes:
-            if isinstance(change, Snapshot):
-                found = {kv.key: kv.value for kv in change.items if kv.key.startswith(NODES_PREFIX)}
-                for key in [key for key in known if key not in found]:
-                    self._lease_gone(known.pop(key))
-                for key, value in found.items():
-                    self._lease_seen(known, key, value)
-                continue
-            for event in change.events:
-                if not event.kv.key.startswith(NODES_PREFIX):
-                    continue
-                if event.kind is EventKind.PUT:
-                    self._lease_seen(known, event.kv.key, event.kv.value)
-                elif event.kv.key in known:
-                    self._lease_gone(known.pop(event.kv.key))
-                else:
-                    name = NodeId(event.kv.key.removeprefix(NODES_PREFIX))
-                    node = self.core.roster.get(name) if self.core else None
-                    if node is not None:
-                        self._post_lease_gone(name, node.incarnation)
-
-    def _lease_seen(self, known: dict[str, NodeRecord], key: str, value: bytes) -> None:
-        try:
-            record = codec.decode(NodeRecord, value, where=key)
-        except CodecError as error:
-            log.error("a node's record is not ours and is left alone: %s", error)
-            return
-        known[key] = record
+    def _lease_seen(self, record: NodeRecord) -> None:
         self._post(NodeLeaseSeen(record=record, **self._stamp()))  # type: ignore[arg-type]
 
     def _lease_gone(self, record: NodeRecord) -> None:
-        self._post_lease_gone(record.node, record.incarnation)
-
-    def _post_lease_gone(self, node: NodeId, incarnation: Incarnation) -> None:
-        self._post(NodeLeaseGone(node=node, incarnation=incarnation, **self._stamp()))  # type: ignore[arg-type]
+        self._post(
+            NodeLeaseGone(node=record.node, incarnation=record.incarnation, **self._stamp())  # type: ignore[arg-type]
+        )
 
     # Actions
 

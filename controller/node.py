@@ -24,6 +24,10 @@ class Node:
     node_rank: int | None = None
     #: open stream, None while there is none
     connection: int | None = None
+    #: when this leader first heard of it
+    known_since: float
+    #: its lease was seen, so that its end can be told from its not having come yet
+    lease_seen: bool = False
     #: when it was last heard on any stream; the time of adoption if never
     heard_at: float
     #: when the last stream ended, None while one is open

@@ -2,7 +2,8 @@
 
 Invariants:
 1. One incarnation per name; a stream belongs to at most one node, and a node has at most one stream (validate()).
-2. A lease seen before the agent's stream counts from the moment the stream opens (tests/unit/test_roster.py).
+2. A lease seen before the agent's stream counts from the moment the stream opens; one that was never seen is not
+   missed at once (tests/unit/test_roster.py).
 Not here: the rule by which a node is judged (suspicion.py); who is refused (admission.py).
 """
 
@@ -101,6 +102,9 @@ class Roster:
 
     def lease_seen(self, node: NodeId, incarnation: Incarnation) -> None:
         self._leases[node] = incarnation
+        known = self._nodes.get(node)
+        if known is not None and known.incarnation == incarnation:
+            known.lease_seen = True
 
     def lease_gone(self, node: NodeId, incarnation: Incarnation) -> None:
         if self._leases.get(node) == incarnation:
@@ -142,6 +146,8 @@ class Roster:
             address=member.address,
             nproc=member.nproc,
             arrival=self._arrivals,
+            known_since=now,
+            lease_seen=self._leases.get(member.node) == member.incarnation,
             heard_at=now,
             broken_at=now,
             adopted=False,
@@ -150,10 +156,11 @@ class Roster:
         return node
 
     def _evidence(self, node: Node, now: float, *, peers_failed: bool) -> Evidence:
+        held = self._leases.get(node.node) == node.incarnation
         since = node.broken_at if node.broken_at is not None else node.heard_at
         return Evidence(
             said_goodbye=node.said_goodbye,
-            lease_held=self._leases.get(node.node) == node.incarnation,
+            lease_gone=not held and (node.lease_seen or now - node.known_since >= suspicion.LEASE_UNSEEN_S),
             heard_age_s=None if node.connection is None else now - node.heard_at,
             unheard_age_s=now - since,
             adopted=node.adopted,

@@ -46,15 +46,7 @@ def any_may_return(roster: Roster, view: View, now: float) -> bool:
     )
 
 
-def all_finished(roster: Roster, view: View) -> bool:
-    return all(_finished(roster, member, view) for member in view.members)
-
-
-def any_finished(roster: Roster, view: View) -> bool:
-    return any(_finished(roster, member, view) for member in view.members)
-
-
-def _finished(roster: Roster, member: Member, view: View) -> bool:
+def finished(roster: Roster, member: Member, view: View) -> bool:
     node = roster.holder(member)
     return node is not None and node.finished_view == view.number
 

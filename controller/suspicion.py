@@ -20,6 +20,8 @@ RECONNECT_GRACE_S = 0.5
 """A live agent whose stream broke is back with its first tries (0.05 s, 0.1 s); peers' failures wait that long."""
 ADOPTION_GRACE_S = 5.0
 """After a change of leader every agent has to find the new one first: its longest back-off is 1 s."""
+LEASE_UNSEEN_S = 5.0
+"""A new node writes its lease when it is welcome, and the store tells us later still: until then none can be missed."""
 ISOLATION_S = 60.0
 """A node that keeps its lease but can not be reached obeys no plan."""
 
@@ -36,7 +38,8 @@ class Evidence:
 
     said_goodbye: str
     """Why it left; empty while it has not."""
-    lease_held: bool
+    lease_gone: bool
+    """Missed long enough, when it was never seen."""
     heard_age_s: float | None
     """Since its last word on an open stream; None when no stream is open."""
     unheard_age_s: float
@@ -59,13 +62,13 @@ def judge(evidence: Evidence) -> Decision[Condition]:
         return Decision(Condition.DEAD, f"it said goodbye: {e.said_goodbye}")
     if e.heard_age_s is not None:
         return _judge_open(e, e.heard_age_s)
-    lease = "its lease is held" if e.lease_held else "its lease is gone"
+    lease = "its lease is gone" if e.lease_gone else "its lease stands"
     if e.adopted:
         story = f"not heard of for {e.unheard_age_s:.1f} s since this controller took the lead, {lease}"
-        dead = not e.lease_held and e.unheard_age_s >= ADOPTION_GRACE_S
+        dead = e.lease_gone and e.unheard_age_s >= ADOPTION_GRACE_S
     else:
         story = f"stream broken for {e.unheard_age_s:.1f} s, {lease}"
-        dead = not e.lease_held
+        dead = e.lease_gone
     if e.peers_failed and e.unheard_age_s >= grace_s(e.adopted):
         return Decision(Condition.DEAD, f"{story}, and workers of its peers failed")
     if not dead and e.unheard_age_s >= ISOLATION_S:
@@ -76,9 +79,9 @@ def judge(evidence: Evidence) -> Decision[Condition]:
 def _judge_open(e: Evidence, heard_age_s: float) -> Decision[Condition]:
     if heard_age_s <= SILENCE_S:
         return Decision(Condition.ALIVE, "it talks")
-    if not e.lease_held:
+    if e.lease_gone:
         return Decision(Condition.DEAD, f"silent for {heard_age_s:.1f} s and its lease is gone")
-    story = f"silent for {heard_age_s:.1f} s, its lease is held"
+    story = f"silent for {heard_age_s:.1f} s, its lease stands"
     if heard_age_s >= ISOLATION_S:
         return Decision(Condition.DEAD, f"{story}: it can not be reached to obey a plan")
     return Decision(Condition.SUSPECT, story)

@@ -3,10 +3,10 @@
     spec                 JobSpec      what every node must agree on; written once
     sync/leader          LeaderRecord lease of the leading controller; its create revision is the fencing token
     sync/current         CurrentView  number of the newest installed view: agents fence themselves by it
+    sync/result          JobResult    how the job ended: for agents that no controller can tell
     nodes/<node>         NodeRecord   lease of the node's agent
     views/<number>       View         every view ever proposed
     events/<sequence>    EventRecord  bounded history for people
-    result               JobResult    how the job ended
     writers/<client>     marker of a store client (runtime/edge/etcd_writer.py); the store hides it
 
 Invariants:
@@ -95,10 +95,10 @@ class JobResult:
 
 
 SPEC_KEY = "spec"
-RESULT_KEY = "result"
 SYNC_PREFIX = "sync/"
 LEADER_KEY = f"{SYNC_PREFIX}leader"
 CURRENT_KEY = f"{SYNC_PREFIX}current"
+RESULT_KEY = f"{SYNC_PREFIX}result"
 NODES_PREFIX = "nodes/"
 VIEWS_PREFIX = "views/"
 EVENTS_PREFIX = "events/"

@@ -59,8 +59,9 @@ class Checkers:
     # Leaders and what they make durable
 
     def led(self, candidate: str, token: int) -> None:
-        if self.leaders and token <= max(self.leaders):
-            raise Violation(f"{candidate} leads with token {token}, which is not above {max(self.leaders)}")
+        known = self.leaders.get(token)
+        if known is not None:
+            raise Violation(f"{candidate} leads with token {token}, with which {known} led")
         self.leaders[token] = candidate
 
     def wrote(self, token: int, action: Persist) -> None:

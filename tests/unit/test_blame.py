@@ -61,6 +61,10 @@ def test_cleared_failures_are_gone_and_the_clock_starts_anew() -> None:
         ({"exit_code": None, "signal": None}, "could not be started"),
         ({"message": "Traceback\n  x\nValueError: bad\n"}, "exited with code 1: ValueError: bad"),
         ({"message": " \n "}, "exited with code 1"),
+        (
+            {"message": "exited with code 1; nothing was recorded"},
+            "(pid 1000) exited with code 1; nothing was recorded",
+        ),
     ],
 )
 def test_a_failure_is_told_in_one_sentence(changes: dict[str, object], says: str) -> None:

@@ -5,7 +5,7 @@ from builders import hello, member, state
 
 from elastic_run.controller.node import Node
 from elastic_run.controller.roster import Roster
-from elastic_run.controller.suspicion import ADOPTION_GRACE_S, Condition
+from elastic_run.controller.suspicion import ADOPTION_GRACE_S, LEASE_UNSEEN_S, Condition
 from elastic_run.runtime.protocol.errors import InvariantViolated
 from elastic_run.runtime.protocol.ids import Incarnation, NodeId
 
@@ -66,8 +66,22 @@ def test_only_the_own_incarnations_lease_counts() -> None:
     node = admitted(roster)
     roster.lease_seen(A, Incarnation("a0"))
     roster.disconnected(1, 1.0)
-    roster.judge(1.1)
+    roster.judge(LEASE_UNSEEN_S)
     assert node.condition is Condition.DEAD
+
+
+def test_a_lease_that_was_not_seen_yet_is_not_missed() -> None:
+    roster = Roster()
+    node = admitted(roster)
+    roster.disconnected(1, 1.0)
+    roster.judge(LEASE_UNSEEN_S - 0.1)
+    early = node.condition
+    roster.lease_seen(A, A1)
+    roster.judge(LEASE_UNSEEN_S + 1.0)
+    assert (early, node.condition) == (Condition.SUSPECT, Condition.SUSPECT)
+    roster.lease_gone(A, A1)
+    told = roster.judge(LEASE_UNSEEN_S + 1.1)
+    assert [turn.node.condition for turn in told] == [Condition.DEAD]
 
 
 def test_the_end_of_an_older_lease_does_not_take_a_newer_one_away() -> None:

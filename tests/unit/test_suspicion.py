@@ -27,7 +27,7 @@ def evidence(
 ) -> Evidence:
     return Evidence(
         said_goodbye=goodbye,
-        lease_held=lease,
+        lease_gone=not lease,
         heard_age_s=heard,
         unheard_age_s=broken,
         adopted=adopted,
@@ -89,6 +89,6 @@ def test_no_single_witness_evicts_a_node() -> None:
 def test_reasons_carry_their_numbers() -> None:
     assert suspicion.judge(evidence(heard=3.14, lease=False)).reason == "silent for 3.1 s and its lease is gone"
     assert suspicion.judge(evidence(broken=0.75, peers=True)).reason == (
-        "stream broken for 0.8 s, its lease is held, and workers of its peers failed"
+        "stream broken for 0.8 s, its lease stands, and workers of its peers failed"
     )
     assert "since this controller took the lead" in suspicion.judge(evidence(adopted=True, broken=1.0)).reason
