@@ -73,6 +73,7 @@ class AgentDriver:
         self._launcher_pid = os.getppid()
         self._logs = LogDirectory(config.output, config.job.job_id, config.run_dir)
         self._group: workers.WorkerGroup | None = None
+        self._group_view = ViewNumber(0)
         self._telemetry: list[TelemetryFile] = []
         self._parked: dict[Incarnation, int] = {}
         self._park_view = ViewNumber(0)
@@ -194,7 +195,7 @@ class AgentDriver:
             say=self.say,
         )
         group = workers.WorkerGroup(self._config, install, around)
-        self._group = group
+        self._group, self._group_view = group, install.view
         failed = await group.start()
         if failed is not None:
             self._spawn_failed(install, failed)
@@ -257,7 +258,7 @@ class AgentDriver:
     def _admit(self, hello: WorkerHello) -> ViewNumber:
         for worker in self._group.workers if self._group is not None else ():
             if worker.incarnation == hello.worker and worker.alive:
-                return self.core.view
+                return self._group_view  # the core may be preparing the next one already
         raise PeerRefused("this agent runs no such worker")
 
     def _worker_said(self, event: WorkerEvent) -> None:

@@ -3,7 +3,7 @@
 handle(event) -> actions; no await, clock, I/O or randomness. One core is one term of one leader; the next term begins
 from what etcd holds.
 
-Invariants (validate(), tests/unit/test_controller_core.py, tests/simulation):
+Invariants (validate(), tests/unit/test_controller_*.py, tests/simulation):
 1. View numbers only grow; a change is proposed only when the one before is installed or abandoned in the same write.
 2. A view is installed only when every member acknowledged it, and has nodes_min to nodes_max members.
 3. Nothing is sent that is not durable first. 4. A dead or unknown node is never a member of a new view.

@@ -1,7 +1,7 @@
 """How the members of a view stand, by what the roster knows: lost, suspect, finished, how far, and who could join them.
 
 Pure questions; linear in the number of nodes.
-Invariants (tests/unit/test_controller_core.py):
+Invariants (tests/unit/test_controller_*.py):
 1. A member stands while it is the same incarnation and nothing it says contradicts that its workers are of this view:
    one that stopped for a later view, or fenced itself off, does not.
 2. A boundary is made only of steps counted in the very view it is asked for.

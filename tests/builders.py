@@ -45,6 +45,8 @@ from elastic_run.runtime.protocol.messages import (
     JobEnded,
     Prepare,
     Prepared,
+    WorkersFailed,
+    WorkersFinished,
 )
 from elastic_run.runtime.protocol.records import (
     CURRENT_KEY,
@@ -53,6 +55,7 @@ from elastic_run.runtime.protocol.records import (
     EventKind,
     EventRecord,
     JobSpec,
+    JobState,
     NodeRecord,
     decode_job,
     view_key,
@@ -365,6 +368,23 @@ class ControllerHarness:
                 assert RESULT_KEY in self.stored
             case _:
                 pass
+
+
+def failed(harness: ControllerHarness, node: str, rank: int = 0, age_s: float = 0.0) -> None:
+    """One of the node's workers fails in the installed view."""
+    number = harness.core.view.number if harness.core.view else ViewNumber(0)
+    harness.say(node, WorkersFailed(view=number, failures=(failure(rank, node, age_s),)))
+
+
+def finish(harness: ControllerHarness, nodes: str, number: int | None = None) -> None:
+    """All workers of the nodes end with 0, in the installed view unless said otherwise."""
+    assert harness.core.view is not None
+    for node in nodes:
+        harness.say(node, WorkersFinished(view=ViewNumber(number or harness.core.view.number)))
+
+
+def state_of(harness: ControllerHarness) -> JobState | None:
+    return harness.core.result.state if harness.core.result else None
 
 
 class AgentHarness:
