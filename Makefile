@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SEED ?=
-WORLDS ?= 200
+WORLDS ?= 2000
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test check unit integration sim chaos bench proto lower-bounds clean

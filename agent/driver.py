@@ -193,6 +193,7 @@ class AgentDriver:
             logs=self._logs,
             report=lambda exited: self._exited(install.view, exited),
             say=self.say,
+            bystanders=lambda: self._workers_other_than(group),
         )
         group = workers.WorkerGroup(self._config, install, around)
         self._group, self._group_view = group, install.view
@@ -201,6 +202,11 @@ class AgentDriver:
             self._spawn_failed(install, failed)
             return
         self._telemetry = [TelemetryFile(worker.telemetry_path) for worker in group.workers]
+
+    def _workers_other_than(self, group: workers.WorkerGroup) -> frozenset[int]:
+        """A late second stop of an older group must not take the next group's workers for strays."""
+        current = self._group
+        return frozenset() if current is None or current is group else frozenset(w.pid for w in current.workers)
 
     def _spawn_failed(self, install: Install, failed: workers.SpawnFailed) -> None:
         story = Failure(

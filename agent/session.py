@@ -67,10 +67,11 @@ class ControllerSession:
         """Keep a stream open until cancelled."""
         retry_s = RETRY_S_MIN
         while True:
-            address = self._address
-            if address is None:
+            if self._address is None:
                 await self._moved.wait()
-                self._moved.clear()
+            address = self._address
+            self._moved.clear()  # from here on it means: another one than this
+            if address is None:
                 continue
             heard, reason = await self._one_stream(address)
             if heard:
@@ -79,7 +80,6 @@ class ControllerSession:
             log.info("no stream to the controller at %s: %s", address, reason)
             try:
                 await asyncio.wait_for(self._moved.wait(), retry_s * random.uniform(0.5, 1.0))
-                self._moved.clear()
                 retry_s = RETRY_S_MIN
             except TimeoutError:
                 retry_s = min(RETRY_S_MAX, 2 * retry_s)
@@ -118,7 +118,6 @@ class ControllerSession:
         await asyncio.wait_for(call.wait_for_connection(), CONNECT_DEADLINE_S)
         queue: asyncio.Queue[AgentMessage] = asyncio.Queue(QUEUED_MAX)
         hello, self._queue = self._hello(token), queue  # one moment: what follows the hello's state is in the queue
-        self._moved.clear()
         tasks: list[asyncio.Task[str]] = []
         try:
             await call.write(wire.agent_to_bytes(hello))

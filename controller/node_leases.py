@@ -31,16 +31,20 @@ class NodeLeases:
     async def follow(self, changes: AsyncIterable[Snapshot | WatchBatch]) -> None:
         """Report until the changes end; keys other than nodes' are passed over."""
         async for change in changes:
-            if isinstance(change, Snapshot):
-                self._compare({kv.key: kv.value for kv in change.items if kv.key.startswith(NODES_PREFIX)})
+            self.take(change)
+
+    def take(self, change: Snapshot | WatchBatch) -> None:
+        """Report what one change means."""
+        if isinstance(change, Snapshot):
+            self._compare({kv.key: kv.value for kv in change.items if kv.key.startswith(NODES_PREFIX)})
+            return
+        for event in change.events:
+            if not event.kv.key.startswith(NODES_PREFIX):
                 continue
-            for event in change.events:
-                if not event.kv.key.startswith(NODES_PREFIX):
-                    continue
-                if event.kind is EventKind.PUT:
-                    self._seen(event.kv.key, event.kv.value)
-                else:
-                    self._gone(event.kv.key)
+            if event.kind is EventKind.PUT:
+                self._seen(event.kv.key, event.kv.value)
+            else:
+                self._gone(event.kv.key)
 
     def _compare(self, found: dict[str, bytes]) -> None:
         for key in [key for key in self._known if key not in found]:

@@ -120,8 +120,8 @@ class AgentServer:
             hello = wire.agent_from_bytes(data if isinstance(data, bytes) else b"")
             if isinstance(hello, Hello):
                 return hello
-        except TimeoutError:
-            problem = f"no hello within {HELLO_DEADLINE_S:g} s"
+        except TimeoutError:  # held up, not wrong: it is to come again
+            await context.abort(grpc.StatusCode.UNAVAILABLE, f"no hello within {HELLO_DEADLINE_S:g} s")
         except CodecError as error:
             problem = f"not an agent of this version: {error}"
         await context.abort(grpc.StatusCode.INVALID_ARGUMENT, problem)

@@ -23,7 +23,7 @@ from elastic_run.agent.actions import (
     Tell,
 )
 from elastic_run.agent.core import AgentCore
-from elastic_run.agent.presence import RETRY_S
+from elastic_run.agent.presence import RETRY_S, SyncListener
 from elastic_run.agent.session import CONNECT_DEADLINE_S, RETRY_S_MAX, RETRY_S_MIN
 from elastic_run.runtime.edge.store import EventKind, LeaseId, Put, Snapshot, WatchBatch
 from elastic_run.runtime.protocol import codec
@@ -37,24 +37,20 @@ from elastic_run.runtime.protocol.messages import (
     Failure,
     Hello,
     Install,
+    JobEnded,
     Prepared,
     Refused,
     Welcome,
 )
 from elastic_run.runtime.protocol.records import (
-    CURRENT_KEY,
-    LEADER_KEY,
     SPEC_KEY,
     SYNC_PREFIX,
-    CurrentView,
+    JobResult,
     JobSpec,
-    LeaderRecord,
+    JobState,
     NodeRecord,
     node_key,
 )
-
-TURNED_AWAY = "no hello within"
-"""The server aborts such a call as an invalid one, which the session passes on as a refusal."""
 
 
 class Session:
@@ -98,7 +94,7 @@ class Session:
         address = self._address
         if address is None:
             return
-        self._waiting, self._heard = False, False
+        self._waiting, self._heard, self._moved = False, False, False
         self._round += 1
         number = self._round
         node = self._node
@@ -127,7 +123,7 @@ class Session:
             self._ended("connection refused")
             return
         stream = node.network.dial(node, server, accepted=server.accept)
-        self.stream, self._moved = stream, False
+        self.stream = stream
         stream.ends[0].on_message = lambda message: self._take(number, message)
         stream.ends[0].on_end = lambda reason: self._broke(number, reason)
         stream.send(0, node.hello(token))
@@ -138,15 +134,13 @@ class Session:
 
     def _take(self, number: int, message: ControllerMessage) -> None:
         if number == self._round and self.stream is not None:
-            self._heard = True
+            self._heard = self._heard or not isinstance(message, Refused)
             self._node.heard(message)
 
     def _broke(self, number: int, reason: str) -> None:
         if number != self._round or self.stream is None:
             return
         self.stream = None
-        if reason.startswith(TURNED_AWAY):
-            self._node.heard(Refused(reason=reason))
         self._ended(reason)
 
     def _ended(self, reason: str) -> None:
@@ -228,6 +222,9 @@ class Node(Process):
         self._handling = False
         self._ports = 20_000
         self.session = Session(self)
+        self._listener = SyncListener(
+            on_leader=self.session.leader_is, on_current=self._current_seen, on_result=self._result_seen
+        )
         record = NodeRecord(node=config.node, incarnation=self.incarnation, address=config.address, nproc=config.nproc)
         self.presence = Presence(self, record, config.lease_ttl_s)
         self._present = False
@@ -315,11 +312,13 @@ class Node(Process):
         else:
             pairs = [(e.kv.key, e.kv.value) for e in change.events if e.kind is EventKind.PUT]
         for key, value in pairs:
-            if key == LEADER_KEY:
-                self.session.leader_is(codec.decode(LeaderRecord, value, where=key).address)
-            elif key == CURRENT_KEY:
-                number = codec.decode(CurrentView, value, where=key).number
-                self.post(events.CurrentViewSeen(now=self.clock(), number=number))
+            self._listener.take(key, value)
+
+    def _current_seen(self, number: ViewNumber) -> None:
+        self.post(events.CurrentViewSeen(now=self.clock(), number=number))
+
+    def _result_seen(self, result: JobResult) -> None:
+        self.heard(JobEnded(succeeded=result.state is JobState.SUCCEEDED, message=result.message))
 
     # Actions
 

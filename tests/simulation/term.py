@@ -21,13 +21,13 @@ from elastic_run.controller.events import (
     TermBegan,
     Ticked,
 )
-from elastic_run.runtime.edge.store import Delete, EventKind, Put, Snapshot, TxnResult, WatchBatch, Write
+from elastic_run.controller.node_leases import NodeLeases
+from elastic_run.runtime.edge.store import Delete, Put, Snapshot, TxnResult, WatchBatch, Write
 from elastic_run.runtime.protocol import codec
 from elastic_run.runtime.protocol.errors import FenceLost, StoreError, StoreUncertain
-from elastic_run.runtime.protocol.ids import FencingToken, Incarnation, NodeId
+from elastic_run.runtime.protocol.ids import FencingToken
 from elastic_run.runtime.protocol.records import (
     LEADER_KEY,
-    NODES_PREFIX,
     JobSpec,
     NodeRecord,
     decode_job,
@@ -56,9 +56,9 @@ class Term:
         self._done = 0
         self._causes = 0
         self._tick_number = 0
-        self._known: dict[str, NodeRecord] = {}
         job = candidate.job
         records = decode_job(job.job_id, ((kv.key, kv.value) for kv in found.items))
+        self._leases = NodeLeases(records.nodes, on_seen=self._lease_seen, on_gone=self._lease_gone)
         self.core = candidate.core_of(
             TermBegan(
                 now=candidate.clock(),
@@ -93,37 +93,15 @@ class Term:
         self._arm()
 
     def nodes_changed(self, change: Snapshot | WatchBatch) -> None:
-        """As the driver's _watch_nodes; the first snapshot made the core and is not passed here."""
-        if isinstance(change, Snapshot):
-            found = {kv.key: kv.value for kv in change.items if kv.key.startswith(NODES_PREFIX)}
-            for key in [key for key in self._known if key not in found]:
-                gone = self._known.pop(key)
-                self._lease_gone(gone.node, gone.incarnation)
-            for key, value in found.items():
-                self._lease_seen(key, value)
-            return
-        for event in change.events:
-            key = event.kv.key
-            if not key.startswith(NODES_PREFIX):
-                continue
-            if event.kind is EventKind.PUT:
-                self._lease_seen(key, event.kv.value)
-            elif key in self._known:
-                gone = self._known.pop(key)
-                self._lease_gone(gone.node, gone.incarnation)
-            else:
-                name = NodeId(key.removeprefix(NODES_PREFIX))
-                node = self.core.roster.get(name)
-                if node is not None:
-                    self._lease_gone(name, node.incarnation)
+        """As the driver does; the first snapshot made the core and is not passed here."""
+        self._leases.take(change)
 
-    def _lease_seen(self, key: str, value: bytes) -> None:
-        self._known[key] = codec.decode(NodeRecord, value, where=key)
-        self.take(NodeLeaseSeen(record=self._known[key], **self.stamp()))
+    def _lease_seen(self, record: NodeRecord) -> None:
+        self.take(NodeLeaseSeen(record=record, **self.stamp()))
 
-    def _lease_gone(self, node: NodeId, incarnation: Incarnation) -> None:
+    def _lease_gone(self, record: NodeRecord) -> None:
         if not self.candidate.drops_lease_gone:
-            self.take(NodeLeaseGone(node=node, incarnation=incarnation, **self.stamp()))
+            self.take(NodeLeaseGone(node=record.node, incarnation=record.incarnation, **self.stamp()))
 
     def _arm(self) -> None:
         """A tick comes when no event has come for a while."""
