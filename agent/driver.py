@@ -35,8 +35,9 @@ from elastic_run.agent.session import ControllerSession
 from elastic_run.runtime.edge.store import Store
 from elastic_run.runtime.edge.telemetry import Telemetry, TelemetryFile
 from elastic_run.runtime.edge.worker_server import WorkerEvent, WorkerHello, WorkerParked, WorkerServer
+from elastic_run.runtime.protocol import codec
 from elastic_run.runtime.protocol.config import AgentConfig
-from elastic_run.runtime.protocol.errors import CodecError, PeerRefused
+from elastic_run.runtime.protocol.errors import CodecError, PeerRefused, StoreError
 from elastic_run.runtime.protocol.ids import PROTOCOL_VERSION, Incarnation, ViewNumber
 from elastic_run.runtime.protocol.messages import (
     AgentPhase,
@@ -47,7 +48,7 @@ from elastic_run.runtime.protocol.messages import (
     JobEnded,
     Welcome,
 )
-from elastic_run.runtime.protocol.records import JobResult, JobState, NodeRecord
+from elastic_run.runtime.protocol.records import CURRENT_KEY, CurrentView, JobResult, JobState, NodeRecord
 
 EVENTS_QUEUED_MAX = 10_000
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
@@ -55,6 +56,7 @@ STDERR = 2
 ORPHAN_STOP_S = 5.0
 """What workers get between SIGTERM and SIGKILL when the launcher has died: nobody waits for them any more."""
 FLUSH_S = 1.0
+CONFIRM_RETRY_S = 0.5
 RECORDS_READ = 32  # enough for a rate; reading the whole ring takes half a millisecond
 INCARNATION_BYTES = 8
 
@@ -83,6 +85,9 @@ class AgentDriver:
         self._tasks: list[asyncio.Task[Any]] = []
         self._short: set[asyncio.Task[Any]] = set()
         self._next_tick = 0.0
+        self._beaten_at = time.monotonic()
+        self._unsure = False
+        """This process was held up; whether the node is still in the job is being found out."""
         self._socket_path = os.path.join(config.run_dir, "agent.sock")
         self._server = WorkerServer(self._socket_path, self._admit, self._worker_said)
         self.presence = Presence(store, self._record(), config.lease_ttl_s)
@@ -128,11 +133,36 @@ class AgentDriver:
         self._next_tick = now + self._config.monitor_interval_s
         if self._group is not None:
             self._group.reap_orphans()
+        self._beat(now)
         read = [t for t in map(_read, self._telemetry) if t is not None]
         rates = [rate for rate in (t.step_rate_per_s() for t in read) if rate is not None]
         return events.Ticked(
             now=now, step_max=max((t.step for t in read), default=0), step_rate_hz=max(rates, default=0.0)
         )
+
+    def _beat(self, now: float) -> None:
+        """Let workers go on, unless this process was held up so long that the node may have been left out meanwhile."""
+        held_up = now - self._beaten_at >= self._config.lease_ttl_s and not self.presence.held
+        self._beaten_at = now
+        if held_up and self._telemetry and not self._unsure:
+            self._unsure = True
+            self._spawn_short(self._confirm_view())
+        if not self._unsure:
+            for file in self._telemetry:
+                file.beat()
+
+    async def _confirm_view(self) -> None:
+        """Ask the store which view is installed; workers wait until the core has heard the answer."""
+        while True:
+            try:
+                found = await self._store.get(CURRENT_KEY)
+                if found is not None:
+                    self._current_seen(codec.decode(CurrentView, found.value, where=CURRENT_KEY).number)
+                break
+            except (StoreError, CodecError) as error:
+                log.info("whether this node is still in the job can not be found out: %s", error)
+                await asyncio.sleep(CONFIRM_RETRY_S)
+        self._unsure = False
 
     # Actions
 

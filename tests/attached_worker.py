@@ -16,6 +16,7 @@ from elastic_run.runtime.edge.worker_server import WorkerEvent, WorkerHello, Wor
 from elastic_run.runtime.protocol.ids import Incarnation, ViewNumber
 
 BOUND_S = 60.0
+BEAT_S = 0.5
 BOOTSTRAP = os.path.join(os.path.dirname(elastic_run.__file__), "runtime", "bootstrap.py")
 WORKER = Incarnation("w-1")
 VIEW = ViewNumber(1)
@@ -38,6 +39,8 @@ class Seat:
     events: list[WorkerEvent]
     news: asyncio.Condition
     environment: dict[str, str] = field(default_factory=dict)
+    silent: bool = False
+    """Set it to stop the agent's signs of life."""
 
     async def heard(self, kind: type[WorkerEvent]) -> WorkerEvent:
         """Wait for the next event of this kind and forget it."""
@@ -77,23 +80,34 @@ async def seat() -> AsyncIterator[Seat]:
     await server.start()
     telemetry.create(f"{folder}/telemetry", 0, 1, VIEW)
     file = TelemetryFile(f"{folder}/telemetry")
+
+    async def live() -> None:
+        while True:
+            if not made.silent:
+                file.beat()
+            await asyncio.sleep(BEAT_S)
+
+    made = Seat(
+        folder=folder,
+        server=server,
+        telemetry=file,
+        events=events,
+        news=news,
+        environment={
+            "ELASTIC_RUN_AGENT_SOCKET": f"{folder}/agent.sock",
+            "ELASTIC_RUN_WORKER": WORKER,
+            "ELASTIC_RUN_TELEMETRY": f"{folder}/telemetry",
+            "ELASTIC_RUN_VIEW": str(VIEW),
+            "ELASTIC_RUN_AGENT_PID": str(os.getpid()),
+            "TORCHELASTIC_ERROR_FILE": f"{folder}/error.json",
+        },
+    )
+    living = asyncio.create_task(live())
     try:
-        yield Seat(
-            folder=folder,
-            server=server,
-            telemetry=file,
-            events=events,
-            news=news,
-            environment={
-                "ELASTIC_RUN_AGENT_SOCKET": f"{folder}/agent.sock",
-                "ELASTIC_RUN_WORKER": WORKER,
-                "ELASTIC_RUN_TELEMETRY": f"{folder}/telemetry",
-                "ELASTIC_RUN_VIEW": str(VIEW),
-                "ELASTIC_RUN_AGENT_PID": str(os.getpid()),
-                "TORCHELASTIC_ERROR_FILE": f"{folder}/error.json",
-            },
-        )
+        yield made
     finally:
+        living.cancel()
+        await asyncio.gather(living, return_exceptions=True)
         await server.close()
         file.close()
         shutil.rmtree(folder)

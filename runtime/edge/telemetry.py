@@ -12,6 +12,7 @@ Not here: the worker's side (telemetry_writer.py); what lies where (telemetry_la
 import mmap
 import os
 import struct
+import time
 from dataclasses import dataclass
 
 from elastic_run.runtime.edge import telemetry_layout as layout
@@ -75,6 +76,7 @@ def create(path: str, rank: int, world_size: int, view: int) -> None:
     words = bytearray(layout.FILE_BYTES)
     struct.pack_into(f"={len(layout.HEADER)}Q", words, 0, *layout.HEADER)
     struct.pack_into("=3Q", words, layout.RANK * layout.WORD_BYTES, rank, world_size, view)
+    struct.pack_into("=Q", words, layout.AGENT_BEAT_NS * layout.WORD_BYTES, time.monotonic_ns())
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         # Reserved now: a full disk would otherwise kill the worker by SIGBUS at some later store.
@@ -153,6 +155,11 @@ class TelemetryFile:
         """Take the request back; a worker that is parked already needs Resume too."""
         self._check()
         self._words[layout.STOP_AT_STEP] = 0
+
+    def beat(self) -> None:
+        """Say that the agent is alive and has no reason to believe that the node was left out of the job."""
+        self._check()
+        self._words[layout.AGENT_BEAT_NS] = time.monotonic_ns()
 
     def close(self) -> None:
         self._words.release()

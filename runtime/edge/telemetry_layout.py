@@ -2,7 +2,7 @@
 
     byte    0  header   magic, layout, file bytes, then the table of sections (below), written once by the agent
     byte  128  worker   written by the worker only: pid, rank, world, view, phase, steps, times, parked at
-    byte  256  control  written by the agent only: stop at step, requested view
+    byte  256  control  written by the agent only: stop at step, requested view, last sign of life
     byte  512  steps    ring of records: seal, step, start ns, end ns; step n lies in slot (n - 1) mod capacity
     after it   operations: reserved for the operation ring of the collectives; its length is 0 in layout 1
 
@@ -38,7 +38,7 @@ HEADER_WORDS = 16
 # Words of the file: the worker's.
 PID, RANK, WORLD_SIZE, VIEW, PHASE, STEP, STEP_END_NS, CHANGE_NS, PARKED_AT_STEP = range(HEADER_WORDS, HEADER_WORDS + 9)
 # The agent's, on a cache line of their own: the worker reads them after every step.
-STOP_AT_STEP, REQUESTED_VIEW = 32, 33
+STOP_AT_STEP, REQUESTED_VIEW, AGENT_BEAT_NS = 32, 33, 34
 # The ring.
 STEPS_WORD = 64
 STEPS_END_BYTE = (STEPS_WORD + STEP_RECORDS * RECORD_WORDS) * WORD_BYTES

@@ -72,6 +72,11 @@ class TelemetryWriter:
         # The agent stores the step last, so a step that is seen has its view.
         return self._words[layout.STOP_AT_STEP], self._words[layout.REQUESTED_VIEW]
 
+    def agent_beat_ns(self) -> int:
+        """Return when the agent last gave a sign of life."""
+        return self._words[layout.AGENT_BEAT_NS]
+
     def disarm(self) -> None:
         """From now on write to memory of this process only."""
         self._words = memoryview(bytearray(len(self._words) * layout.WORD_BYTES)).cast("Q")
+        self._words[layout.AGENT_BEAT_NS] = layout.WORD_MASK  # nor does it wait for its parent's agent

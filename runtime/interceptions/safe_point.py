@@ -6,17 +6,21 @@ process.
 Does nothing without elastic-run: nobody calls it.
 Invariants (tests/integration/test_safe_point.py):
 1. A parked worker's file says PARKED and the step before the agent is told.
-2. The wait is bounded: after RESUME_TIMEOUT_S, or when the link breaks, the script goes on, and stderr says so.
+2. The wait for a view is bounded: after RESUME_TIMEOUT_S, or when the link breaks, the script goes on, and stderr says
+   so. The wait for a silent agent ends with its next sign of life, or with the agent (parent-death signal).
 Not here: whether to park (step_gate.py); counting steps (step_counter.py).
 """
+
+import time
 
 from elastic_run.runtime.edge.notice import notice
 from elastic_run.runtime.edge.telemetry_layout import Phase
 from elastic_run.runtime.edge.telemetry_writer import TelemetryWriter
 from elastic_run.runtime.edge.worker_link import WorkerLink
 from elastic_run.runtime.protocol.errors import PeerError
-from elastic_run.runtime.step_gate import StopRequest, Verdict, decide
+from elastic_run.runtime.step_gate import AGENT_SILENCE_S, StopRequest, Verdict, agent_is_silent, decide
 
+AGENT_POLL_S = 0.05  # a word of shared memory has no event
 RESUME_TIMEOUT_S = 60.0  # a view change takes seconds; an agent that forgot us must not stop the training for good
 
 
@@ -34,6 +38,8 @@ class SafePoint:
 
     def after_step(self, step: int) -> None:
         """Return when the script may go on after `step`."""
+        if agent_is_silent(now_ns=time.monotonic_ns(), beat_ns=self._telemetry.agent_beat_ns()):
+            self._wait_for_agent(step)
         at_step, view = self._telemetry.stop_request()
         if at_step == 0:  # nearly always: no decision to be made
             return
@@ -41,6 +47,14 @@ class SafePoint:
         decision = decide(step=step, view=self._view, request=request, answered=self._answered)
         if decision.value is Verdict.PARK:
             self._park(step, request)
+
+    def _wait_for_agent(self, step: int) -> None:
+        """Wait until the agent gives a sign of life: a frozen one may have been left out, and can not send anything."""
+        self._telemetry.park(step)
+        notice(f"the agent of this node has been silent for {AGENT_SILENCE_S:g} s: waiting for it after step {step}")
+        while agent_is_silent(now_ns=time.monotonic_ns(), beat_ns=self._telemetry.agent_beat_ns()):
+            time.sleep(AGENT_POLL_S)
+        self._telemetry.set_phase(Phase.RUNNING)
 
     def _park(self, step: int, request: StopRequest) -> None:
         self._telemetry.park(step)

@@ -1,5 +1,6 @@
 """A real torch script under the bootstrap: its steps are counted, and it parks where it is told and nowhere else."""
 
+import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator
@@ -190,3 +191,26 @@ async def test_hung_worker_can_still_be_read(seat: Seat, folder: str) -> None:
     process.kill()
     await attached_worker.finish(process)
     assert seat.telemetry.read().step >= hung.step  # and after it died
+
+
+async def test_worker_waits_for_a_silent_agent_and_goes_on_with_its_next_sign_of_life(seat: Seat, folder: str) -> None:
+    process = await attached_worker.start([BOOTSTRAP, "train.py", "1000000"], folder, seat.environment)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    while (await process.stdout.readline()) != b"done 20\n":
+        pass
+    seat.silent = True
+    async with asyncio.timeout(attached_worker.BOUND_S):
+        drained = asyncio.create_task(process.stdout.read(2**30))
+        said = await process.stderr.readline()
+    assert b"the agent of this node has been silent for 2 s" in said
+    held = seat.telemetry.read()
+    assert (held.phase, held.parked_at_step) == (Phase.PARKED, held.step)
+    seat.silent = False
+    async with asyncio.timeout(attached_worker.BOUND_S):
+        while seat.telemetry.read().step == held.step:  # noqa: ASYNC110 - shared memory has no event
+            await asyncio.sleep(0)
+    process.kill()
+    drained.cancel()
+    await asyncio.gather(drained, return_exceptions=True)
+    await process.wait()

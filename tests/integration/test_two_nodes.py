@@ -150,6 +150,28 @@ def test_a_job_of_two_nodes_outlives_agents_controllers_and_the_store(cluster: E
         assert list(running.run_root.iterdir()) == []
 
 
+def test_a_worker_whose_agent_is_frozen_does_nothing_beside_the_view_that_replaced_it(
+    cluster: EtcdCluster, directory: Path
+) -> None:
+    flags = ("--nnodes=1:2", "--max-restarts=0", "--last-call=1")
+    with job(directory=directory, cluster=cluster, job_id="frozen", script=SCRIPT, flags=flags) as running:
+        a = running.start("a")
+        running.wait_for_step("step of a alone", of_world(1), after_s=0.0)
+        agent, (worker,) = a.agent, a.workers
+        assert agent is not None
+        os.kill(agent, signal.SIGSTOP)
+        frozen_s = time.monotonic()
+        b = running.start("b")
+        first = running.wait_for_step("step of the next view", lambda step: step.pid != worker, after_s=frozen_s)
+        running.wait_for_step("more of them", lambda step: step.step >= first.step + 10, after_s=first.at_s)
+        assert [step for step in running.steps if step.pid == worker and step.at_s > first.at_s] == []
+        os.kill(agent, signal.SIGCONT)
+        running.wait_for_step("step of both", of_world(2), after_s=first.at_s)
+        running.end_after(STEPS_TO_THE_END)
+        assert (a.wait(), b.wait()) == (0, 0), running.outputs()
+        assert [step for step in running.steps if step.pid == worker and step.at_s > first.at_s] == []
+
+
 def test_a_survivor_below_the_minimum_holds_until_the_node_returns(cluster: EtcdCluster, directory: Path) -> None:
     flags = ("--nnodes=2", "--max-restarts=0")
     with job(directory=directory, cluster=cluster, job_id="fixed", script=SCRIPT, flags=flags) as running:

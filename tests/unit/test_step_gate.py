@@ -2,7 +2,7 @@
 
 import pytest
 
-from elastic_run.runtime.step_gate import StopRequest, Verdict, decide
+from elastic_run.runtime.step_gate import AGENT_SILENCE_S, StopRequest, Verdict, agent_is_silent, decide
 
 NONE = StopRequest(at_step=0, view=0)
 AT_10 = StopRequest(at_step=10, view=2)
@@ -29,3 +29,13 @@ def test_decision(
 ) -> None:
     decision = decide(step=step, view=view, request=request_, answered=answered)
     assert (decision.value, decision.reason) == (verdict, reason)
+
+
+@pytest.mark.parametrize(("age_s", "silent"), [(0.0, False), (AGENT_SILENCE_S, False), (AGENT_SILENCE_S + 0.001, True)])
+def test_an_agent_is_silent_only_after_the_whole_time(age_s: float, silent: bool) -> None:
+    now_ns = 10**12
+    assert agent_is_silent(now_ns=now_ns, beat_ns=now_ns - round(age_s * 1e9)) is silent
+
+
+def test_a_process_without_an_agent_of_its_own_never_waits() -> None:
+    assert not agent_is_silent(now_ns=10**12, beat_ns=2**64 - 1)
