@@ -1,6 +1,7 @@
-"""What every test may rely on: a current etcd on PATH, and no environment of an outer job."""
+"""What every test may rely on: a current etcd on PATH, no environment of an outer job, signals as usual."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -10,3 +11,7 @@ if _UNPACKED_ETCD.is_dir():
 
 for _name in [name for name in os.environ if name.startswith(("PET_", "ELASTIC_RUN_", "TORCHELASTIC_"))]:
     del os.environ[_name]
+
+# A shell starts its background jobs with these ignored, and programs under test rightly leave them so.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)

@@ -4,7 +4,7 @@ import os
 import sys
 
 if __name__ == "__main__":
-    print("before the close", flush=True)
+    print("before the close\n", end="", flush=True)
     sys.stdout.close()
     os.close(1)
     total = sum(range(1000))

@@ -16,5 +16,5 @@ if __name__ == "__main__":
     loader = DataLoader(numbers, batch_size=5, sampler=sampler, num_workers=2, multiprocessing_context="fork")
     total = sum((batch.sum() for (batch,) in loader), torch.zeros((), dtype=torch.int64))
     dist.all_reduce(total)
-    print(f"rank {dist.get_rank()} of {dist.get_world_size()}: sum {int(total)}", flush=True)
+    print(f"rank {dist.get_rank()} of {dist.get_world_size()}: sum {int(total)}\n", end="", flush=True)
     dist.destroy_process_group()

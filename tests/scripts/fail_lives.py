@@ -15,4 +15,4 @@ if __name__ == "__main__":
         if int(os.environ["RANK"]) == rank:
             sys.exit(code)
         time.sleep(LIFE_S)
-    print(f"life {os.environ['TORCHELASTIC_RESTART_COUNT']} of rank {os.environ['RANK']} ends well", flush=True)
+    sys.stdout.write(f"life {os.environ['TORCHELASTIC_RESTART_COUNT']} of rank {os.environ['RANK']} ends well\n")

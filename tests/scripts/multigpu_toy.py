@@ -54,7 +54,7 @@ class Trainer:
             state = torch.load(snapshot, map_location=self.device, weights_only=True)
             model.load_state_dict(state["model"])
             self.first_epoch = state["epochs_run"]
-            print(f"[rank {self.rank}] resuming at epoch {self.first_epoch}", flush=True)
+            print(f"[rank {self.rank}] resuming at epoch {self.first_epoch}\n", end="", flush=True)
         device_ids = [self.local_rank] if self.device.type == "cuda" else None
         self.model = DistributedDataParallel(model, device_ids=device_ids)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-2)
@@ -67,7 +67,8 @@ class Trainer:
                 loss = F.mse_loss(self.model(points.to(self.device)), values.to(self.device))
                 loss.backward()
                 self.optimizer.step()
-            print(f"[rank {self.rank}] epoch {epoch} | steps {len(self.loader)} | loss {loss.item():.5f}", flush=True)
+            line = f"[rank {self.rank}] epoch {epoch} | steps {len(self.loader)} | loss {loss.item():.5f}"
+            print(line + "\n", end="", flush=True)
             if self.local_rank == 0 and (epoch + 1) % self.save_every == 0:
                 self._save(epoch + 1)
 
