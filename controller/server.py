@@ -11,10 +11,8 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-import grpc
-import grpc.aio
-
 from elastic_run.runtime.edge import rpc
+from elastic_run.runtime.edge.quiet_grpc import grpc
 from elastic_run.runtime.protocol import wire
 from elastic_run.runtime.protocol.errors import CodecError, InvariantViolated, UserError
 from elastic_run.runtime.protocol.messages import AgentMessage, ControllerMessage, Hello, StatusReport

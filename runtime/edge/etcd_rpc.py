@@ -16,13 +16,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Generic, Self, TypeVar, cast
 
-import grpc
-import grpc.aio
 from google.protobuf.message import Message
 
 from elastic_run.runtime.edge.etcd_config import EtcdConfig
 from elastic_run.runtime.edge.etcd_proto import rpc_pb2 as rpc
 from elastic_run.runtime.edge.etcd_writer import AttemptFailed
+from elastic_run.runtime.edge.quiet_grpc import grpc
 from elastic_run.runtime.edge.store import VALUE_BYTES_MAX
 from elastic_run.runtime.protocol.errors import StoreDenied, StoreError, StoreUnavailable, UserError
 

@@ -7,9 +7,7 @@ Not here: the worker's link to its agent (worker_link.py), which is no gRPC beca
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeAlias
 
-import grpc
-import grpc.aio
-
+from elastic_run.runtime.edge.quiet_grpc import grpc
 from elastic_run.runtime.protocol import wire
 from elastic_run.runtime.protocol.errors import CodecError, PeerError, PeerRefused
 from elastic_run.runtime.protocol.messages import StatusReport, StatusRequest
