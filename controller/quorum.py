@@ -32,7 +32,7 @@ def may_form(
     if present >= nodes_max:
         return Decision(True, f"{min(present, nodes_max)} of {nodes_max} nodes are here")
     if ran_before:
-        return Decision(True, f"{present} nodes are here, at least {nodes_min} are needed")
+        return Decision(True, f"{present} of at most {nodes_max} nodes are here, {nodes_min} suffice")
     waited_s = enough_for_s or 0.0
     if waited_s >= last_call_s:
         return Decision(

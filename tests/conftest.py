@@ -12,6 +12,7 @@ if _UNPACKED_ETCD.is_dir():
 for _name in [name for name in os.environ if name.startswith(("PET_", "ELASTIC_RUN_", "TORCHELASTIC_"))]:
     del os.environ[_name]
 
-# A shell starts its background jobs with these ignored, and programs under test rightly leave them so.
+# Shells and nohup start programs with some of these ignored, and the programs under test rightly leave them so.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+for _number in (signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM):
+    signal.signal(_number, signal.SIG_DFL)

@@ -19,7 +19,7 @@ def candidate(node: str, arrival: int, *, position: int | None = None, rank: int
         (2, None, False, False, "last call"),
         (3, 29.9, False, False, "starting without more after 30 s"),
         (2, 30.0, False, True, "the last call of 30 s has passed"),
-        (2, 0.0, True, True, "2 nodes are here, at least 2"),
+        (2, 0.0, True, True, "nodes are here, 2 suffice"),
         (4, 0.0, False, True, "4 of 4 nodes"),
         (9, None, True, True, "4 of 4 nodes"),
     ],
