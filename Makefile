@@ -43,8 +43,10 @@ test: check sim integration ## Everything CI runs
 chaos: $(STAMP) ## Kill nodes, leaders and etcd under a running job on this machine
 	$(BIN)/python -m elastic_run.chaos
 
-bench: $(STAMP) ## Run all benchmarks; BENCH=name for one
-	$(BIN)/python -m benchmarks $(if $(BENCH),$(BENCH),--all)
+bench: $(STAMP) ## Run all benchmarks; BENCH=name for one, QUICK=1 for a minute each
+	@for name in $(or $(BENCH),$$($(BIN)/python -m benchmarks --list | cut -d' ' -f1)); do \
+		$(BIN)/python -m benchmarks $$name $(if $(QUICK),--quick) || exit 1; \
+	done
 
 proto: $(STAMP) ## Regenerate the protobuf code with the oldest supported compiler
 	tools/gen_proto.sh
