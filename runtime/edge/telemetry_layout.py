@@ -41,6 +41,8 @@ PID, RANK, WORLD_SIZE, VIEW, PHASE, STEP, STEP_END_NS, CHANGE_NS, PARKED_AT_STEP
 STOP_AT_STEP, REQUESTED_VIEW, AGENT_BEAT_NS = 32, 33, 34
 # The ring.
 STEPS_WORD = 64
+_SEAL_STEP, _SEAL_START = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F
+_SEAL_END, _SEAL_OFFSET = 0x165667B19E3779F9, 0xD6E8FEB86659FD93
 STEPS_END_BYTE = (STEPS_WORD + STEP_RECORDS * RECORD_WORDS) * WORD_BYTES
 FILE_BYTES = STEPS_END_BYTE  # the operations section is empty
 
@@ -99,5 +101,9 @@ def record_word(step: int) -> int:
 
 
 def seal(step: int, start_ns: int, end_ns: int) -> int:
-    """Return the word that binds a record's fields together; no record of zeros has it."""
-    return (step ^ WORD_MASK) ^ start_ns ^ end_ns
+    """Return the word that binds a record's fields together; no record of zeros has it.
+
+    Odd factors without a pattern, because times differ in patterns: two records a whole step apart have equal
+    differences in both times, which must not cancel.
+    """
+    return (step * _SEAL_STEP + start_ns * _SEAL_START + end_ns * _SEAL_END + _SEAL_OFFSET) & WORD_MASK

@@ -4,7 +4,7 @@ import itertools
 import tempfile
 from pathlib import Path
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from elastic_run.runtime.edge import telemetry_layout as layout
@@ -39,6 +39,7 @@ def test_ring_holds_the_last_steps_in_order(times: list[tuple[int, int]]) -> Non
     old=st.tuples(TIMES_NS, TIMES_NS).map(sorted),
     new=st.tuples(TIMES_NS, TIMES_NS).map(sorted),
 )
+@example(step=257, old=[0, 0], new=[1, 1])
 @settings(max_examples=20, deadline=None)
 def test_no_mixture_of_an_old_and_a_new_record_passes(step: int, old: list[int], new: list[int]) -> None:
     """Whatever subset of the four stores has arrived: the record is either wholly new or not returned."""
