@@ -33,6 +33,7 @@ from elastic_run.agent.output import LogDirectory
 from elastic_run.agent.presence import Presence, SyncListener, follow_sync, read_token
 from elastic_run.agent.session import ControllerSession
 from elastic_run.runtime.edge.store import Store
+from elastic_run.runtime.edge.tasks import cancel_all
 from elastic_run.runtime.edge.telemetry import Telemetry, TelemetryFile
 from elastic_run.runtime.edge.worker_server import WorkerEvent, WorkerHello, WorkerParked, WorkerServer
 from elastic_run.runtime.protocol import codec
@@ -355,9 +356,7 @@ class AgentDriver:
             await self._group.stop(0.0)
         await self._session.flush(FLUSH_S)
         await self.presence.leave()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, *self._short, return_exceptions=True)
+        await cancel_all((*self._tasks, *self._short))
         self._close_telemetry()
         if self._port is not None:
             self._port.close()

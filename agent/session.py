@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from elastic_run.runtime.edge import rpc
+from elastic_run.runtime.edge.tasks import cancel_all
 from elastic_run.runtime.protocol import wire
 from elastic_run.runtime.protocol.errors import CodecError, PeerRefused, StoreError, VersionMismatch
 from elastic_run.runtime.protocol.messages import AgentMessage, ControllerMessage, Hello, Refused
@@ -131,9 +132,7 @@ class ControllerSession:
         finally:
             self._queue = None
             self._drained.set()
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await cancel_all(tasks)
 
     async def _until_moved(self) -> str:
         await self._moved.wait()

@@ -14,9 +14,7 @@ import itertools
 import logging
 import secrets
 import time
-from collections.abc import Sequence
 from contextlib import aclosing
-from typing import Any
 
 from elastic_run.controller.actions import Action, CloseConnection, EndJob, Persist, Send
 from elastic_run.controller.core import ControllerCore
@@ -37,6 +35,7 @@ from elastic_run.runtime.edge.election import Fence, campaign, fenced_txn, resig
 from elastic_run.runtime.edge.lease import LeaseKeeper
 from elastic_run.runtime.edge.log import OutageLog
 from elastic_run.runtime.edge.store import Delete, Put, Snapshot, Store, Write, absent, follow
+from elastic_run.runtime.edge.tasks import cancel_all
 from elastic_run.runtime.protocol import codec
 from elastic_run.runtime.protocol.config import ControllerConfig
 from elastic_run.runtime.protocol.errors import FenceLost, StoreCorrupt, StoreError, StoreUncertain
@@ -147,7 +146,7 @@ class ControllerDriver:
                 return True
             raise TermOver(keeper.reason if lost.done() else "the campaign was cut short")
         finally:
-            await _cancel(tasks)
+            await cancel_all(tasks)
 
     async def _check_records(self) -> None:
         """Raise StoreCorrupt or VersionMismatch before anything is written where others keep something."""
@@ -196,8 +195,8 @@ class ControllerDriver:
             finally:
                 self.server.leading = False
                 self.core = None
-                self.server.close_all("the term ended")
-                await _cancel(tasks)
+                self.server.close_all()
+                await cancel_all(tasks)
 
     def _term_began(self, fence: Fence, snapshot: Snapshot) -> TermBegan:
         job = self._config.job
@@ -302,9 +301,3 @@ class ControllerDriver:
         deadline = time.monotonic() + FAREWELL_S
         while (late or self.server.open_streams) and time.monotonic() < deadline:  # noqa: ASYNC110 - bounded and rare
             await asyncio.sleep(TICK_BUSY_S)
-
-
-async def _cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)

@@ -56,7 +56,7 @@ class AgentServer:
         return bound
 
     async def stop(self) -> None:
-        self.close_all("the controller stops")
+        self.close_all()
         await self._server.stop(STOP_GRACE_S)
 
     @property
@@ -82,7 +82,7 @@ class AgentServer:
             queue.get_nowait()
         queue.put_nowait(_Closed())
 
-    def close_all(self, reason: str) -> None:
+    def close_all(self) -> None:
         for connection in tuple(self._queues):
             self.close(connection)
 

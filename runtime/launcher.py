@@ -12,12 +12,13 @@ Not here: what the children are told (process_configs.py), the command line and 
 
 import asyncio
 import signal
-from collections.abc import Awaitable, Callable, Container, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Container, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from elastic_run.runtime.edge.process import Exit, Process, kill_strays, set_subreaper, spawn
+from elastic_run.runtime.edge.tasks import cancel_all
 from elastic_run.runtime.protocol.errors import InvariantViolated
 from elastic_run.runtime.restart_budget import RestartBudget
 
@@ -109,7 +110,7 @@ class Launcher:
                 if (verdict := await done) is not None:  # None: this watcher leaves it to the others
                     return verdict
         finally:
-            await _cancel(tasks)
+            await cancel_all(tasks)
         raise InvariantViolated("the agent ended without a verdict")
 
     async def _unless_asked(self, work: Awaitable[T]) -> T | None:
@@ -119,7 +120,7 @@ class Launcher:
             await asyncio.wait([working, asked], return_when=asyncio.FIRST_COMPLETED)
             return working.result() if working.done() else None
         finally:
-            await _cancel([working, asked])
+            await cancel_all([working, asked])
 
     async def _watch_agent(self, agent: Process) -> int:
         exit_ = await agent.wait()
@@ -207,10 +208,3 @@ def verdict_of(agent: Exit, asked: int | None) -> int:
     if asked is not None:
         return EXIT_SIGNAL_BASE + asked
     return EXIT_FAILED if agent.code is None else agent.code
-
-
-async def _cancel(tasks: Sequence[asyncio.Future[Any]]) -> None:
-    """Cancel and await; what they raised after that no longer matters."""
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)

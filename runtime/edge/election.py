@@ -20,7 +20,6 @@ from elastic_run.runtime.edge.store import (
     Compare,
     Delete,
     EventKind,
-    KeyValue,
     LeaseId,
     Put,
     Store,
@@ -68,11 +67,6 @@ async def campaign(store: Store, *, key: str, value: bytes, lease_id: LeaseId) -
         if holder is not None and holder.lease_id == lease_id:
             return Fence(key=key, token=holder.create_revision)
         await _until_deleted(store, key, taken.revision + 1)
-
-
-async def leader_of(store: Store, key: str) -> KeyValue | None:
-    """The current leader's record: its value names it, its create_revision is its token."""
-    return await store.get(key)
 
 
 async def fenced_txn(

@@ -174,11 +174,6 @@ def adopted_children(known: Container[int]) -> list[int]:
     return [pid for pid in _all_pids() if pid not in known and _parent_pid(pid) == own_pid]
 
 
-def reap_adopted(known: Container[int]) -> int:
-    """Reap adopted children that have ended by themselves; return how many. A subreaper calls it now and then."""
-    return sum(_reaped(pid) for pid in adopted_children(known))
-
-
 async def kill_strays(known: Container[int]) -> int:
     """Kill and reap every descendant not in `known` nor below one in it; return how many there were.
 

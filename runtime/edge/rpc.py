@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from elastic_run.runtime.edge.quiet_grpc import grpc
 from elastic_run.runtime.protocol import wire
-from elastic_run.runtime.protocol.errors import CodecError, PeerError, PeerRefused
+from elastic_run.runtime.protocol.errors import PeerError, PeerRefused
 from elastic_run.runtime.protocol.messages import StatusReport, StatusRequest
 
 SERVICE = "elastic_run.control.Control"
@@ -88,6 +88,3 @@ def translate(error: grpc.aio.AioRpcError, address: str) -> PeerError:
     if code in (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.INVALID_ARGUMENT):
         return PeerRefused(f"controller at {address}: {details}")
     return PeerError(f"controller at {address} can not be reached: {code.name.lower()}: {details}")
-
-
-__all__ = ["CodecError", "ask_status", "fetch_status", "handlers", "open_channel", "session_call", "translate"]

@@ -4,7 +4,7 @@ import pytest
 from fake_store import Clock, FakeServer, FakeStore
 from store_contract import put
 
-from elastic_run.runtime.edge.election import Fence, campaign, fenced_txn, leader_of, resign, until_lost
+from elastic_run.runtime.edge.election import Fence, campaign, fenced_txn, resign, until_lost
 from elastic_run.runtime.edge.store import LeaseId, Put, absent
 from elastic_run.runtime.protocol.errors import FenceLost, StoreUncertain
 
@@ -24,7 +24,7 @@ async def _settle() -> None:
 async def test_a_free_key_is_taken_at_once_and_its_revision_is_the_token() -> None:
     store, lease_id = await _candidate(FakeServer())
     fence = await campaign(store, key=KEY, value=b"one", lease_id=lease_id)
-    holder = await leader_of(store, KEY)
+    holder = await store.get(KEY)
     assert holder is not None and holder.value == b"one"
     assert fence == Fence(key=KEY, token=holder.create_revision)
 
@@ -43,7 +43,7 @@ async def test_a_candidate_waits_until_the_leader_resigns() -> None:
     second = await waiting
     assert second.token > first.token
     assert not await resign(one, first)
-    assert await leader_of(two, KEY) is not None
+    assert await two.get(KEY) is not None
 
 
 async def test_a_deposed_leader_writes_nothing() -> None:
