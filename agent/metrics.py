@@ -1,12 +1,14 @@
-"""What the agent tells Prometheus."""
+"""What the agent tells Prometheus, and where it says so: in the node's record, hence in elastic-ctl."""
+
+import dataclasses
 
 from elastic_run.agent.driver import AgentDriver
-from elastic_run.runtime.edge.metrics import MetricsServer, Sample
+from elastic_run.runtime.edge.metrics import ANY_PORT, MetricsServer, Sample
 from elastic_run.runtime.protocol.config import AgentConfig
 
 
 def serve_metrics(driver: AgentDriver, config: AgentConfig) -> MetricsServer | None:
-    """Serve /metrics and /healthz on loopback until closed; None when no port was asked for."""
+    """Serve /metrics and /healthz on loopback until closed; None when no port was asked for. Before driver.run()."""
     if config.metrics_port is None:
         return None
     labels = (str(config.job.job_id), str(config.node))
@@ -21,4 +23,8 @@ def serve_metrics(driver: AgentDriver, config: AgentConfig) -> MetricsServer | N
             ("elastic_run_agent_lease_held", labels, float(driver.presence.held)),
         ]
 
-    return MetricsServer(config.metrics_port, samples, lambda: (True, str(driver.core.phase)))
+    server = MetricsServer(config.metrics_port, samples, lambda: (True, str(driver.core.phase)))
+    driver.presence.record = dataclasses.replace(driver.presence.record, metrics_port=server.port)
+    if config.metrics_port == ANY_PORT:  # else whoever asked for it knows it
+        driver.say(f"metrics of this node's agent: {server.url}")
+    return server

@@ -43,7 +43,9 @@ class Presence:
     """Holds the node's record while `run()` runs; `leave()` takes it away at once."""
 
     def __init__(self, store: Store, record: NodeRecord, lease_ttl_s: int) -> None:
-        self._store, self._record, self._ttl_s = store, record, lease_ttl_s
+        self.record = record
+        """May be replaced before run()."""
+        self._store, self._ttl_s = store, lease_ttl_s
         self._keeper: LeaseKeeper | None = None
         self._outage = OutageLog(log, "the store")
 
@@ -74,7 +76,7 @@ class Presence:
         async with LeaseKeeper(self._store, lease_id, self._ttl_s, granted_at_s=granted_at) as keeper:
             self._keeper = keeper
             self._outage.worked(time.monotonic())
-            key, value = node_key(self._record.node), codec.encode(self._record)
+            key, value = node_key(self.record.node), codec.encode(self.record)
             await self._store.txn((), (Put(key=key, value=value, lease_id=lease_id),))
             await keeper.lost.wait()
         log.info("this node's lease is lost (%s); a new one is asked for", keeper.reason)

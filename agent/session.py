@@ -80,7 +80,9 @@ class ControllerSession:
                 self._on_lost(reason)
             log.info("no stream to the controller at %s: %s", address, reason)
             try:
-                await asyncio.wait_for(self._moved.wait(), retry_s * random.uniform(0.5, 1.0))
+                # not wait_for, which drops a cancellation that comes with the event: this loop would never end
+                async with asyncio.timeout(retry_s * random.uniform(0.5, 1.0)):
+                    await self._moved.wait()
                 retry_s = RETRY_S_MIN
             except TimeoutError:
                 retry_s = min(RETRY_S_MAX, 2 * retry_s)

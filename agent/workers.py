@@ -183,7 +183,8 @@ class WorkerGroup:
         telemetry.create(paths.telemetry, rank, self._install.world_size, self._install.view)
         try:
             with streams.opened(local_rank, rank) as (stdout, stderr):
-                process = spawn(argv, env=environment, stdout=stdout, stderr=stderr)
+                cpus = self._config.cpus[local_rank] if self._config.cpus else ()
+                process = spawn(argv, env=environment, stdout=stdout, stderr=stderr, cpus=cpus)
         except (OSError, UserError):
             os.unlink(paths.telemetry)
             raise

@@ -89,6 +89,7 @@ async def _run(config: ControllerConfig) -> int:
     set_up_logging("controller", job=config.job.job_id, candidate=config.candidate)
     store = store_access.open_store(config.store, namespace(config.job.job_id))
     driver = ControllerDriver(config, store)
+    metrics = serve_metrics(driver, config.metrics_port)
     running = asyncio.create_task(driver.run())
     received: list[int] = []
 
@@ -99,7 +100,6 @@ async def _run(config: ControllerConfig) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop, number)
-    metrics = serve_metrics(driver, config.metrics_port)
     try:
         await running
     except asyncio.CancelledError:

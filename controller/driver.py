@@ -75,6 +75,8 @@ class ControllerDriver:
         self._outbox: asyncio.Queue[Action] = asyncio.Queue(ACTIONS_QUEUED_MAX)
         self._causes = itertools.count(1)
         self._address = ""
+        self.metrics_port: int | None = None
+        """Where /metrics is served, for the leader's record; set before run()."""
         self.outage = OutageLog(log, "the store")
         self._ended = asyncio.Event()
         self.server = AgentServer(
@@ -129,9 +131,11 @@ class ControllerDriver:
 
     async def _candidacy(self, keeper: LeaseKeeper) -> bool:
         await self._check_records()
-        record = codec.encode(LeaderRecord(candidate=self._config.candidate, address=self._address))
+        config = self._config
+        record = LeaderRecord(candidate=config.candidate, address=self._address, metrics_port=self.metrics_port)
+        value = codec.encode(record)
         tasks = [
-            asyncio.create_task(campaign(self._store, key=LEADER_KEY, value=record, lease_id=keeper.lease_id)),
+            asyncio.create_task(campaign(self._store, key=LEADER_KEY, value=value, lease_id=keeper.lease_id)),
             asyncio.create_task(keeper.lost.wait()),
             asyncio.create_task(self._until_result()),
         ]
@@ -235,7 +239,8 @@ class ControllerDriver:
         while True:
             timeout_s = TICK_IDLE_S if core.settled else TICK_BUSY_S
             try:
-                event = await asyncio.wait_for(self._inbox.get(), timeout_s)
+                async with asyncio.timeout(timeout_s):  # wait_for drops a cancellation that comes with an event
+                    event = await self._inbox.get()
             except TimeoutError:
                 event = Ticked(**self._stamp())  # type: ignore[arg-type]
             self._queue(core.handle(event))

@@ -1,15 +1,21 @@
 """What the controller tells Prometheus, and when it calls itself healthy."""
 
+import sys
+
 from elastic_run.controller.driver import ControllerDriver
 from elastic_run.controller.report import report
-from elastic_run.runtime.edge.metrics import MetricsServer, Sample
+from elastic_run.runtime.edge.metrics import ANY_PORT, MetricsServer, Sample
 
 
 def serve_metrics(driver: ControllerDriver, port: int | None) -> MetricsServer | None:
-    """Serve /metrics and /healthz on loopback until closed; None when no port was asked for."""
+    """Serve /metrics and /healthz on loopback until closed; None when no port was asked for. Before driver.run()."""
     if port is None:
         return None
-    return MetricsServer(port, lambda: samples(driver), lambda: _healthy(driver))
+    server = MetricsServer(port, lambda: samples(driver), lambda: _healthy(driver))
+    driver.metrics_port = server.port
+    if port == ANY_PORT:  # else whoever asked for it knows it
+        print(f"elastic-controller: metrics of this controller: {server.url}", file=sys.stderr, flush=True)
+    return server
 
 
 def samples(driver: ControllerDriver) -> list[Sample]:

@@ -12,6 +12,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
+from elastic_run.runtime.affinity import BindingMode
 from elastic_run.runtime.launch_config import StatusMode
 from elastic_run.runtime.protocol.errors import UserError
 
@@ -31,7 +32,6 @@ IGNORED = {
     "start_method": "workers are always started as new programs",
     "event_log_handler": "events are kept in the store; read them with elastic-ctl events",
     "logs_specs": "plug-ins of torchrun are not loaded; --log-dir, --redirects and --tee say where output goes",
-    "numa_binding": "workers are not bound to processors; use numactl or taskset in front of the script",
 }
 """Flags that are taken and have no effect, and why."""
 
@@ -99,9 +99,12 @@ class _Adder:
 
     def value(self, *names: str, default: Any, **options: Any) -> None:
         """A flag with a value; its last name is the long one."""
-        default = self._environ.get(_variable(names[-1]), default)
+        variable = _variable(names[-1])
+        default = self._environ.get(variable, default)
         if "choices" not in options:
             options.setdefault("metavar", "X")
+        elif variable in self._environ and default not in options["choices"]:  # argparse does not check defaults
+            raise UserError(f"{variable}={default} in the environment: write one of {', '.join(options['choices'])}")
         self._target.add_argument(*_spellings(names), action=_Store, default=default, **options)
 
     def switch(self, *names: str, **options: Any) -> None:
@@ -161,7 +164,13 @@ def _add_workers(add: _Adder) -> None:
     add.switch("-m", "--module", help="the script is the name of a module, run as python -m does")
     add.switch("--no-python", help="the script is a program of any kind, run directly")
     add.switch("--run-path", help="the script is a path; goes before --no-python")
-    add.value("--numa-binding", default=None, choices=["node", "socket", "exclusive", "core-complex"], help="ignored")
+    add.value(
+        "--numa-binding",
+        default=None,
+        choices=[mode.value for mode in BindingMode],
+        help="CPUs each worker runs on: those of the NUMA node or socket of its local rank's GPU, an exclusive share "
+        "of that node's cores, or those behind one of its caches; without GPUs, workers take the nodes in turn",
+    )
     add.value("--signals-to-handle", default=SIGNALS, help=f"signals that end the job in order (default: {SIGNALS})")
     add.value(
         "--shutdown-timeout",

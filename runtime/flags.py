@@ -9,6 +9,7 @@ looking at this machine (preflight.py).
 
 from collections.abc import Mapping, Sequence
 
+from elastic_run.runtime.affinity import BindingMode
 from elastic_run.runtime.flag_parser import IGNORED, Options, parse_options
 from elastic_run.runtime.flag_values import (
     PORT_MAX,
@@ -58,6 +59,7 @@ def read_command_line(argv: Sequence[str], environ: Mapping[str, str], *, python
         signals=parse_signals(options.signals_to_handle),
         shutdown_timeout_s=_shutdown_timeout_s(options, environ),
         virtual_local_rank=options.virtual_local_rank,
+        numa_binding=BindingMode(options.numa_binding) if options.numa_binding else None,
         with_controller=not options.no_controller,
         run_dir=options.run_dir,
         metrics_port=_metrics_port(options.metrics_port),

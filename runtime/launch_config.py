@@ -9,6 +9,7 @@ agent and controller (process_configs.py).
 import enum
 from dataclasses import dataclass
 
+from elastic_run.runtime.affinity import BindingMode
 from elastic_run.runtime.protocol.config import CommandConfig, OutputConfig
 from elastic_run.runtime.protocol.ids import JobId, NodeId
 
@@ -81,6 +82,7 @@ class LaunchConfig:
     signals: tuple[str, ...]
     shutdown_timeout_s: float
     virtual_local_rank: bool
+    numa_binding: BindingMode | None
     with_controller: bool
     run_dir: str | None
     """Where the run directory is made and kept; None: in the default place, and removed at the end."""

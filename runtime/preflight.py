@@ -23,6 +23,7 @@ from elastic_run.runtime.edge.files import read_bounded
 from elastic_run.runtime.embedded_etcd import etcd_answers, find_etcd
 from elastic_run.runtime.flag_values import check_nproc, join_endpoint, parse_endpoint
 from elastic_run.runtime.launch_config import EmbeddedStore, ExternalStore, LaunchConfig, SharedStore
+from elastic_run.runtime.numa_binding import bind_workers, describe
 from elastic_run.runtime.protocol.config import CommandConfig, Entrypoint, StoreConfig
 from elastic_run.runtime.protocol.errors import StoreCorrupt, StoreDenied, StoreError, UserError, VersionMismatch
 from elastic_run.runtime.protocol.ids import JobId, NodeId
@@ -52,6 +53,8 @@ class Prepared:
     listen: tuple[str, int] | None
     """Address of the store to start here; None: loopback, any port."""
     notices: tuple[str, ...]
+    cpus: tuple[tuple[int, ...], ...] = ()
+    """CPUs of each worker, by local rank; empty: they are not bound."""
 
 
 async def prepare(config: LaunchConfig, environ: Mapping[str, str], *, root: Path) -> Prepared:
@@ -68,6 +71,8 @@ async def prepare(config: LaunchConfig, environ: Mapping[str, str], *, root: Pat
     nproc = config.nproc
     if isinstance(nproc, str):
         nproc = check_nproc(await machine.count_devices(nproc, python=config.command.python, env=environ))
+    binding = bind_workers(config.numa_binding, nproc, environ) if config.numa_binding else None
+    said = () if binding is None or config.numa_binding is None else (describe(config.numa_binding, binding),)
     return Prepared(
         nproc=nproc,
         node=config.node or default_node(config),
@@ -75,7 +80,8 @@ async def prepare(config: LaunchConfig, environ: Mapping[str, str], *, root: Pat
         store=store,
         etcd=hosting.etcd,
         listen=hosting.listen,
-        notices=hosting.notices,
+        notices=(*hosting.notices, *said),
+        cpus=binding.cpus if binding else (),
     )
 
 

@@ -38,6 +38,7 @@ def agent_config(config: LaunchConfig, prepared: Prepared, store: StoreConfig, r
         shutdown_timeout_s=config.shutdown_timeout_s,
         signals=config.signals,
         virtual_local_rank=config.virtual_local_rank,
+        cpus=prepared.cpus,
         metrics_port=config.metrics_port,
     )
 

@@ -34,6 +34,7 @@ MODULES = (
     "agent/core.py",
     "agent/environment.py",
     "agent/failure.py",
+    "runtime/affinity.py",
     "runtime/flag_values.py",
     "runtime/protocol/codec.py",
     "runtime/protocol/config.py",

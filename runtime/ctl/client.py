@@ -48,7 +48,7 @@ class JobClient:
             problem = "the job has ended" if records.result else "no controller leads at the moment"
             return from_records(self.target.job_id, records, problem)
         try:
-            return from_report(await rpc.fetch_status(records.leader.address))
+            return from_report(await rpc.fetch_status(records.leader.address), records)
         except (PeerError, CodecError) as error:
             return from_records(self.target.job_id, records, str(error))
 

@@ -32,6 +32,8 @@ class NodePicture:
     workers_alive: int | None
     step: int | None
     step_rate_hz: float | None
+    metrics_port: int | None
+    """Of the agent, on loopback of the node; None: off, or not known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +44,8 @@ class JobPicture:
     source: str
     problem: str | None
     leader: str | None
+    leader_metrics_port: int | None
+    """Of the leading controller, on loopback of its machine; None: off, or not known."""
     fencing_token: int | None
     condition: str
     """forming, changing, running, succeeded, failed; unknown when only the store answers and the job has not ended."""
@@ -58,12 +62,16 @@ class JobPicture:
     nodes: tuple[NodePicture, ...]
 
 
-def from_report(report: StatusReport) -> JobPicture:
+def from_report(report: StatusReport, records: JobRecords) -> JobPicture:
+    """What the leader tells; where metrics are is told by the store alone."""
+    ports = {record.incarnation: record.metrics_port for record in records.nodes}
+    leads = records.leader is not None and records.leader.candidate == report.leader
     return JobPicture(
         job_id=report.job_id,
         source=FROM_LEADER,
         problem=None,
         leader=report.leader,
+        leader_metrics_port=records.leader.metrics_port if records.leader and leads else None,
         fencing_token=report.fencing_token,
         condition=report.condition,
         reason=report.reason,
@@ -76,7 +84,7 @@ def from_report(report: StatusReport) -> JobPicture:
         step=report.step,
         step_rate_hz=report.step_rate_hz,
         last_event=report.last_event,
-        nodes=tuple(_reported(node) for node in report.nodes),
+        nodes=tuple(_reported(node, ports.get(node.incarnation)) for node in report.nodes),
     )
 
 
@@ -98,6 +106,7 @@ def from_records(job_id: str, records: JobRecords, problem: str) -> JobPicture:
         source=FROM_STORE,
         problem=problem,
         leader=records.leader.candidate if records.leader else None,
+        leader_metrics_port=records.leader.metrics_port if records.leader else None,
         fencing_token=None,
         condition=str(records.result.state) if records.result else "unknown",
         reason=records.result.message if records.result else problem,
@@ -119,7 +128,7 @@ def installed_view(records: JobRecords) -> View | None:
     return next((v for v in reversed(records.views) if v.status is ViewStatus.INSTALLED), None)
 
 
-def _reported(node: NodeReport) -> NodePicture:
+def _reported(node: NodeReport, metrics_port: int | None) -> NodePicture:
     return NodePicture(
         node=node.node,
         incarnation=node.incarnation,
@@ -133,6 +142,7 @@ def _reported(node: NodeReport) -> NodePicture:
         workers_alive=node.state.workers_alive,
         step=node.state.step_max,
         step_rate_hz=node.state.step_rate_hz,
+        metrics_port=metrics_port,
     )
 
 
@@ -150,4 +160,5 @@ def _stored(record: NodeRecord, view: View | None, condition: str, reason: str) 
         workers_alive=None,
         step=None,
         step_rate_hz=None,
+        metrics_port=record.metrics_port,
     )

@@ -36,7 +36,7 @@ def status(job: JobPicture) -> str:
 
 def nodes(job: JobPicture) -> str:
     """Return the answer to `elastic-ctl nodes`."""
-    head = ("NODE", "CONDITION", "WORKERS", "PHASE", "VIEW", "STEP", "ADDRESS", "WHY")
+    head = ("NODE", "CONDITION", "WORKERS", "PHASE", "VIEW", "STEP", "ADDRESS", "METRICS", "WHY")
     rows = [
         (
             node.node,
@@ -46,6 +46,7 @@ def nodes(job: JobPicture) -> str:
             _or_unknown(node.view),
             _or_unknown(node.step),
             node.address,
+            _or_unknown(node.metrics_port),
             node.reason,
         )
         for node in job.nodes
@@ -110,7 +111,8 @@ def _leader(job: JobPicture) -> str:
     if job.source == FROM_STORE:
         name = f"{job.leader} is named in the store, but " if job.leader else ""
         return f"{name}no controller answers ({job.problem}); this is what the store holds"
-    return f"{_or_unknown(job.leader)}, fencing token {_or_unknown(job.fencing_token)}"
+    metrics = "" if job.leader_metrics_port is None else f", metrics on its port {job.leader_metrics_port}"
+    return f"{_or_unknown(job.leader)}, fencing token {_or_unknown(job.fencing_token)}{metrics}"
 
 
 def _step(step: int | None, rate_hz: float | None) -> str:

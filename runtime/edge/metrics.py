@@ -17,6 +17,8 @@ from prometheus_client.registry import Collector
 from elastic_run.runtime.protocol.errors import UserError
 
 SCRAPE_DEADLINE_S = 2.0
+ANY_PORT = 0
+HOST = "127.0.0.1"
 
 METRICS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "elastic_run_leader": ("1 while this controller leads the job", ("job",)),
@@ -87,10 +89,11 @@ class MetricsServer:
             return [b"/metrics and /healthz are here\n"]
 
         try:
-            self._server = make_server("127.0.0.1", port, app, server_class=WSGIServer, handler_class=_Quiet)
+            self._server = make_server(HOST, port, app, server_class=WSGIServer, handler_class=_Quiet)
         except OSError as error:
             raise UserError(f"metrics port {port} can not be had ({error.strerror}): choose another") from None
         self.port: int = self._server.server_port
+        self.url = f"http://{HOST}:{self.port}/metrics"
         self._thread = threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True)
         self._thread.start()
 

@@ -136,18 +136,22 @@ def spawn(
     stderr: int | None = None,
     cwd: str | None = None,
     death_signal: int = signal.SIGKILL,
+    cpus: Sequence[int] = (),
 ) -> Process:
     """Start a program, found on the PATH of `env`, in a new process group. Needs a running loop in the main thread.
 
-    A program that cannot be executed shows as exit code 126 or 127 and a line on its stderr. Raises UserError when no
-    process can be made (limits, memory, missing `cwd`).
+    With `cpus` it runs on these CPUs, as far as this process may use them. A program that cannot be executed or bound
+    shows as exit code 126 or 127 and a line on its stderr. Raises UserError when no process can be made (limits,
+    memory, missing `cwd`).
     """
     if threading.current_thread() is not threading.main_thread():
         raise InvariantViolated("spawn() outside the main thread: the kernel ties the death signal to the thread")
     asyncio.get_running_loop()  # before there is a child to lose
     program = shutil.which(argv[0], path=env.get("PATH", os.defpath)) or argv[0]
     locale = env.get("LC_CTYPE", exec_wrapper.UNSET)
-    wrapper = [sys.executable, "-I", "-S", exec_wrapper.__file__, str(os.getpid()), str(int(death_signal)), locale]
+    bound_to = ",".join(map(str, cpus)) or exec_wrapper.UNSET
+    how = (str(os.getpid()), str(int(death_signal)), locale, bound_to)
+    wrapper = [sys.executable, "-I", "-S", exec_wrapper.__file__, *how]
     try:
         popen = subprocess.Popen(
             [*wrapper, program, *argv[1:]], env=env, stdin=stdin, stdout=stdout, stderr=stderr, cwd=cwd, process_group=0

@@ -111,8 +111,14 @@ class AgentConfig:
     """Lease of the node's key. etcd raises anything below 1.5 election time-outs (2 s by default); a loss is noticed by
     it within 3 s at the latest. Higher: silent losses are noticed later. Lower is not possible."""
     virtual_local_rank: bool = False
+    cpus: tuple[tuple[int, ...], ...] = ()
+    """CPUs each worker is bound to, by local rank (--numa-binding). Empty: workers run wherever the agent may."""
     metrics_port: int | None = None
     """Loopback port of /metrics and /healthz; 0: any free one; None: off."""
+
+    def __post_init__(self) -> None:
+        if self.cpus and len(self.cpus) != self.nproc:
+            raise ValueError(f"CPUs are given for {len(self.cpus)} workers, there are {self.nproc}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

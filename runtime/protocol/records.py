@@ -45,6 +45,8 @@ class JobSpec:
 class LeaderRecord:
     candidate: str
     address: str
+    metrics_port: int | None = None
+    """On loopback of its machine; None: it serves no metrics."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +60,8 @@ class NodeRecord:
     incarnation: Incarnation
     address: str
     nproc: int
+    metrics_port: int | None = None
+    """Of the agent, on loopback of its machine; None: it serves no metrics."""
 
 
 class EventKind(enum.StrEnum):

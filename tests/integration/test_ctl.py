@@ -17,12 +17,23 @@ from etcd_cluster import EtcdCluster
 from launching import AGENT, BOUND_S, CONTROLLER, SCRIPTS, Bench, Launched, wait_until
 
 STATUS_FIELDS = {
-    *("job_id", "source", "problem", "leader", "fencing_token", "condition", "reason", "nodes_min", "nodes_max"),
-    *("view", "world_size", "restarts_used", "max_restarts", "step", "step_rate_hz", "last_event", "nodes"),
+    *("job_id", "source", "problem", "leader", "leader_metrics_port", "fencing_token", "condition", "reason"),
+    *(
+        "nodes_min",
+        "nodes_max",
+        "view",
+        "world_size",
+        "restarts_used",
+        "max_restarts",
+        "step",
+        "step_rate_hz",
+        "last_event",
+        "nodes",
+    ),
 }
 NODE_FIELDS = {
     *("node", "incarnation", "address", "nproc", "condition", "reason", "in_view", "view", "phase"),
-    *("workers_alive", "step", "step_rate_hz"),
+    *("workers_alive", "step", "step_rate_hz", "metrics_port"),
 }
 VIEW_FIELDS = {
     *("number", "status", "members", "restart_count", "reason", "proposed_at", "stop_at_step"),

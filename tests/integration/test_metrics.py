@@ -90,6 +90,26 @@ def test_both_call_themselves_healthy_and_know_no_other_page(ports: tuple[int, i
         caught.value.close()
 
 
+def test_free_ports_are_told_on_stderr_and_by_elastic_ctl() -> None:
+    with Bench() as alone:
+        run = alone.run("--metrics-port=0", "--node-name=here", SCRIPTS / "wait_for_go.py", alone.files)
+        alone.await_files("rank-0.0", "rank-1.0")
+        agent = alone.ask("nodes")["nodes"][0]["metrics_port"]
+        controller = alone.ask("status")["leader_metrics_port"]
+        assert values(fetch(agent, "/metrics"))["elastic_run_agent_view_number"] == 1
+        assert values(fetch(controller, "/metrics"))["elastic_run_leader"] == 1
+        assert f"metrics of this node's agent: http://127.0.0.1:{agent}/metrics\n" in run.err
+        assert f"metrics of this controller: http://127.0.0.1:{controller}/metrics\n" in run.err
+        (alone.files / "go").touch()
+        assert run.end() == 0, run.err
+        alone.assert_nothing_left()
+
+
+def test_given_ports_are_shown_by_elastic_ctl(ports: tuple[int, int], bench: Bench) -> None:
+    shown = (bench.ask("nodes")["nodes"][0]["metrics_port"], bench.ask("status")["leader_metrics_port"])
+    assert shown == ports
+
+
 def test_promtool_finds_no_fault(ports: tuple[int, int]) -> None:
     promtool = shutil.which("promtool")
     if promtool is None:

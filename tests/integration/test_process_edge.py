@@ -103,6 +103,27 @@ async def test_program_gets_default_sigpipe_and_no_stdin(tmp_path: Path) -> None
     assert (await spawn(["sh", "-c", "! read line"], env=ENV).wait()).ok
 
 
+SHOW_CPUS = "import os, sys; print(*sorted(os.sched_getaffinity(0)))"
+
+
+async def test_program_runs_on_the_given_cpus_that_its_parent_may_use(tmp_path: Path) -> None:
+    shown = tmp_path / "cpus"
+    last = max(os.sched_getaffinity(0))
+    with shown.open("wb") as out:
+        child = spawn(python(SHOW_CPUS), env=ENV, stdout=out.fileno(), cpus=(last, 65_535))
+        assert (await child.wait()).ok
+    assert shown.read_text().split() == [str(last)]
+
+
+async def test_program_that_may_use_none_of_its_cpus_does_not_run(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    child = spawn(["touch", str(tmp_path / "ran")], env=ENV, cpus=(65_534, 65_535))
+    assert await child.wait() == Exit(code=exec_wrapper.EXIT_NOT_EXECUTABLE, signal=None)
+    assert "none of the CPUs 65534,65535 may be used here" in capfd.readouterr().err
+    assert not (tmp_path / "ran").exists()
+
+
 async def test_child_leads_its_own_group(tmp_path: Path) -> None:
     child = await started(IGNORES_SIGTERM, tmp_path / "ready")
     assert os.getpgid(child.pid) == child.pgid == child.pid != os.getpgid(0)
@@ -182,7 +203,8 @@ def test_child_whose_parent_died_before_the_kernel_was_asked_never_runs(tmp_path
     ran = tmp_path / "ran"
     parent_that_is_gone = subprocess.Popen(["true"])
     parent_that_is_gone.wait()
-    wrapper = [sys.executable, "-I", "-S", exec_wrapper.__file__, str(parent_that_is_gone.pid), "9", exec_wrapper.UNSET]
+    how = (str(parent_that_is_gone.pid), "9", exec_wrapper.UNSET, exec_wrapper.UNSET)
+    wrapper = [sys.executable, "-I", "-S", exec_wrapper.__file__, *how]
     result = subprocess.run([*wrapper, "/usr/bin/touch", str(ran)], stderr=subprocess.PIPE, check=False)
     assert result.returncode == exec_wrapper.EXIT_NOT_EXECUTABLE
     assert b"its parent is gone" in result.stderr

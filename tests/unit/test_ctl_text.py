@@ -65,9 +65,10 @@ VIEW = View(
     reason="the job starts",
     proposed_at=NOW - 90,
 )
+LEADER = LeaderRecord(candidate="a-1", address="10.0.0.1:5")
 RECORDS = JobRecords(
     spec=JobSpec(job=JobConfig(job_id=JobId("job7"), nodes_min=1, nodes_max=2, max_restarts=5), token="secret-token"),
-    leader=LeaderRecord(candidate="a-1", address="10.0.0.1:5"),
+    leader=LEADER,
     nodes=(NodeRecord(node=NodeId("a"), incarnation=Incarnation("i-a"), address="x", nproc=2),),
     views=(VIEW,),
 )
@@ -86,7 +87,7 @@ def utc() -> Iterator[None]:
 
 
 def test_status_is_a_line_for_each_thing_with_its_numbers() -> None:
-    assert text.status(from_report(REPORT)).splitlines() == [
+    assert text.status(from_report(REPORT, RECORDS)).splitlines() == [
         "job         job7, running: node b joined",
         "leader      a-1, fencing token 42",
         "nodes       1 in the view, 1 known, 1 to 2 wanted",
@@ -122,11 +123,29 @@ def test_the_join_token_is_in_no_picture() -> None:
 
 def test_nodes_stand_in_aligned_columns() -> None:
     other = dataclasses.replace(NODE, node=NodeId("a-longer-name"), condition="suspect", in_view=False)
-    head, first, second = text.nodes(from_report(dataclasses.replace(REPORT, nodes=(NODE, other)))).splitlines()
-    for name in ("CONDITION", "WORKERS", "PHASE", "VIEW", "STEP", "ADDRESS", "WHY"):
+    head, first, second = text.nodes(
+        from_report(dataclasses.replace(REPORT, nodes=(NODE, other)), RECORDS)
+    ).splitlines()
+    for name in ("CONDITION", "WORKERS", "PHASE", "VIEW", "STEP", "ADDRESS", "METRICS", "WHY"):
         column = head.index(name)
         assert all(line[column - 1] == " " and line[column] != " " for line in (head, first, second))
-    assert first.split() == ["a", "alive", "4/4", "running", "3", "120", "10.0.0.1", "it", "talks"]
+    assert first.split() == ["a", "alive", "4/4", "running", "3", "120", "10.0.0.1", "-", "it", "talks"]
+
+
+def test_metrics_ports_are_shown_of_those_incarnations_and_that_leader_whose_they_are() -> None:
+    record = dataclasses.replace(RECORDS.nodes[0], incarnation=NODE.incarnation, metrics_port=9000)
+    leader = dataclasses.replace(LEADER, metrics_port=9001)
+    records = dataclasses.replace(RECORDS, nodes=(record,), leader=leader)
+    shown = from_report(REPORT, records)
+    assert (shown.leader_metrics_port, shown.nodes[0].metrics_port) == (9001, 9000)
+    assert "leader      a-1, fencing token 42, metrics on its port 9001" in text.status(shown)
+    assert "10.0.0.1  9000     it talks" in text.nodes(shown)
+    alone = from_records("job7", records, "nobody answers")
+    assert (alone.leader_metrics_port, alone.nodes[0].metrics_port) == (9001, 9000)
+    earlier = dataclasses.replace(record, incarnation=Incarnation("i0"))
+    other = dataclasses.replace(leader, candidate="b-1")
+    stale = from_report(REPORT, dataclasses.replace(RECORDS, nodes=(earlier,), leader=other))
+    assert (stale.leader_metrics_port, stale.nodes[0].metrics_port) == (None, None)
 
 
 def test_the_current_view_is_marked_and_ages_are_told() -> None:

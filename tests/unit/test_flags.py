@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from elastic_run.runtime.affinity import BindingMode
 from elastic_run.runtime.flag_parser import IGNORED, make_parser, parse_options
 from elastic_run.runtime.flag_values import parse_endpoint, parse_etcd_endpoints, parse_rdzv_conf
 from elastic_run.runtime.flags import read_command_line
@@ -188,7 +189,7 @@ def test_the_store_of_a_node_is_said_to_die_with_it() -> None:
 
 @pytest.mark.parametrize("name", sorted(IGNORED))
 def test_flags_without_effect_are_said_to_be_ignored(name: str) -> None:
-    value = {"monitor_interval": "1", "start_method": "fork", "numa_binding": "node"}.get(name, "x")
+    value = {"monitor_interval": "1", "start_method": "fork"}.get(name, "x")
     (notice,) = read(f"--{name}={value}").notices
     assert notice == f"--{name.replace('_', '-')} is ignored: {IGNORED[name]}"
 
@@ -231,6 +232,7 @@ def test_the_other_flags_reach_the_result() -> None:
         "--signals-to-handle=SIGTERM,SIGUSR1",
         "--role=r",
         "--virtual-local-rank",
+        "--numa-binding=core-complex",
         "--local-addr=l",
         "--node-name=n",
         "--no-controller",
@@ -245,6 +247,7 @@ def test_the_other_flags_reach_the_result() -> None:
     assert config.output.stdout_filters == ("a", "b,c")
     assert config.signals == ("SIGTERM", "SIGUSR1")
     assert (config.role, config.virtual_local_rank, config.local_addr, config.node) == ("r", True, "l", "n")
+    assert config.numa_binding is BindingMode.CORE_COMPLEX and read().numa_binding is None
     assert (config.with_controller, config.run_dir, config.metrics_port) == (False, "d", 9000)
     assert (config.status, config.nproc) == (StatusMode.OFF, "gpu")
 
@@ -307,6 +310,8 @@ def test_a_missing_script_and_a_bad_variable_are_refused() -> None:
         read_command_line([], {}, python="py", random_id="r")
     with pytest.raises(UserError, match="PET_STANDALONE=x"):
         read(PET_STANDALONE="x")
+    with pytest.raises(UserError, match="PET_NUMA_BINDING=x in the environment: write one of node, socket"):
+        read(PET_NUMA_BINDING="x")
 
 
 def test_a_password_on_the_command_line_is_refused_and_not_repeated() -> None:

@@ -3,6 +3,7 @@
 import os
 import shutil
 import socket
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -183,7 +184,11 @@ async def test_devices_are_counted_outside_this_process(tmp_path: Path) -> None:
         await count_devices("gpu", python=sys.executable, env=env)
     with pytest.raises(UserError, match="torch knows no such device"):
         await count_devices("sundial", python=sys.executable, env=env)
-    assert "torch" not in sys.modules
+
+
+def test_preflight_imports_no_torch() -> None:
+    imported = "import sys, elastic_run.runtime.preflight; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", imported], check=False).returncode == 0
 
 
 def prepared_for(asked: LaunchConfig) -> Prepared:
