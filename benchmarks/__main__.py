@@ -31,11 +31,19 @@ def main() -> int:
     if chosen is None:
         names = ", ".join(benchmark.name for benchmark in BENCHMARKS)
         return _usage(f"name one of: {names}")
-    systems = tuple(args.systems.split(",")) if args.systems else chosen.systems
+    reasons = {system: reason for system, why in chosen.absent.items() if (reason := why()) is not None}
+    if args.systems:
+        systems = tuple(args.systems.split(","))
+        for system in systems:
+            if system in reasons:
+                return _usage(f"{system} cannot run here: {reasons[system]}")
+        reasons = {}
+    else:
+        systems = tuple(system for system in chosen.systems if system not in reasons)
     problem = _problem_with(chosen, systems)
     if problem is not None:
         return _usage(problem)
-    return _run(chosen, systems, quick=args.quick, json_file=args.json)
+    return _run(chosen, systems, left_out=reasons, quick=args.quick, json_file=args.json)
 
 
 def parse_args() -> argparse.Namespace:
@@ -52,7 +60,7 @@ def _problem_with(benchmark: Benchmark, systems: tuple[str, ...]) -> str | None:
     for system in systems:
         if system not in benchmark.systems:
             return f"{benchmark.name} knows the systems {', '.join(benchmark.systems)}, not {system!r}"
-        if not _is_installed(MODULE_OF_SYSTEM[system]):
+        if system not in benchmark.absent and not _is_installed(MODULE_OF_SYSTEM[system]):
             others = ",".join(other for other in systems if _is_installed(MODULE_OF_SYSTEM[other]))
             return f"{system} is not installed (no module {MODULE_OF_SYSTEM[system]}); leave it out: --systems {others}"
     return None
@@ -65,7 +73,16 @@ def _is_installed(module: str) -> bool:
         return False
 
 
-def _run(benchmark: Benchmark, systems: tuple[str, ...], *, quick: bool, json_file: Path | None) -> int:
+def _run(
+    benchmark: Benchmark,
+    systems: tuple[str, ...],
+    *,
+    left_out: dict[str, str],
+    quick: bool,
+    json_file: Path | None,
+) -> int:
+    for system, reason in left_out.items():
+        _say(f"{system} is left out: {reason}")
     started_s = time.monotonic()
     machine = describe_machine()
     with tempfile.TemporaryDirectory(prefix="bench-") as directory:
@@ -78,12 +95,13 @@ def _run(benchmark: Benchmark, systems: tuple[str, ...], *, quick: bool, json_fi
         **benchmark.conditions(quick),
         "quick": quick,
         "systems": list(systems),
+        "left_out": left_out,
         "order": "A B B A",
         "warm_up_runs_discarded": int(benchmark.warm_up_quick or not quick),
         "wall_s": round(time.monotonic() - started_s, 1),
     }
     document = report.document(benchmark, series=series, machine=machine, conditions=conditions)
-    print(report.table(document))
+    print((benchmark.table or report.table)(document))
     if json_file is not None:
         json_file.write_text(json.dumps(document, indent=2) + "\n")
     return 0

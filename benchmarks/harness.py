@@ -7,11 +7,14 @@ Invariants: 1. every system of a case has the same number of values; 2. a warm-u
 3. no round beyond the first starts when the slowest round so far would overrun the time budget.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 QUICK_BUDGET_S = 50.0
 FULL_BUDGET_S = 900.0
@@ -21,28 +24,67 @@ class BenchmarkError(Exception):
     """A measured system failed, hung or printed what cannot be read; the message says which and shows its end."""
 
 
+class Kept:
+    """What lives through all rounds (processes that take turns): made at first use, closed after the last round."""
+
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        self._stack = stack
+        self._found: dict[str, Any] = {}
+
+    def get(self, key: str, make: Callable[[], contextlib.AbstractContextManager[T]]) -> T:
+        """What `make` gave the first time `key` was asked for."""
+        if key not in self._found:
+            self._found[key] = self._stack.enter_context(make())
+        found: T = self._found[key]
+        return found
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
-    """What one measurement may know: how thorough to be, and an empty directory of its own."""
+    """What one measurement may know: how thorough to be, an empty directory of its own, what earlier ones left."""
 
     quick: bool
     warm_up: bool
     directory: Path
+    kept: Kept
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One thing measured on each of `systems` (baseline first): `run(system, context)` gives a value per metric."""
+    """One thing measured on each of `systems` (baseline first): `run(system, context)` gives a value per metric.
+
+    A case that is not `quick` is left out of quick runs.
+    """
 
     name: str
     systems: tuple[str, ...]
     units: Mapping[str, str]
     run: Callable[[str, Context], Mapping[str, float]]
+    quick: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """A bound on the paired ratio `over` / `under` of a metric, or without `under` on the median of `over` itself."""
+
+    metric: str
+    over: str
+    under: str | None = None
+    at_least: float | None = None
+    at_most: float | None = None
+
+    def is_met(self, value: float) -> bool:
+        return (self.at_least is None or value >= self.at_least) and (self.at_most is None or value <= self.at_most)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Benchmark:
-    """A named group of cases; metrics are unique over its cases."""
+    """A named group of cases; metrics are unique over its cases.
+
+    `targets`: what the result is held against. `absent`: systems that may be missing, each with a function that says
+    why it cannot run here (None: it can); those are left out and the reason is part of the result. `table`: how to
+    print the document (None: one line per metric and system). `budget_s`: for a full run (None: FULL_BUDGET_S).
+    """
 
     name: str
     summary: str
@@ -51,6 +93,10 @@ class Benchmark:
     rounds_quick: int
     warm_up_quick: bool
     conditions: Callable[[bool], Mapping[str, Any]]
+    targets: tuple[Target, ...] = ()
+    absent: Mapping[str, Callable[[], str | None]] = field(default_factory=dict)
+    table: Callable[[Mapping[str, Any]], str] | None = None
+    budget_s: float | None = None
 
     @property
     def systems(self) -> tuple[str, ...]:
@@ -76,9 +122,23 @@ def measure(
     benchmark: Benchmark, *, systems: Sequence[str], quick: bool, directory: Path, say: Callable[[str], None]
 ) -> list[Series]:
     """All rounds of all cases that concern `systems`. Raises BenchmarkError."""
-    deadline_s = time.monotonic() + (QUICK_BUDGET_S if quick else FULL_BUDGET_S)
+    with contextlib.ExitStack() as stack:
+        return _measure(benchmark, systems=systems, quick=quick, directory=directory, say=say, kept=Kept(stack))
+
+
+def _measure(
+    benchmark: Benchmark,
+    *,
+    systems: Sequence[str],
+    quick: bool,
+    directory: Path,
+    say: Callable[[str], None],
+    kept: Kept,
+) -> list[Series]:
+    full_budget_s = FULL_BUDGET_S if benchmark.budget_s is None else benchmark.budget_s
+    deadline_s = time.monotonic() + (QUICK_BUDGET_S if quick else full_budget_s)
     cases = [(case, [system for system in systems if system in case.systems]) for case in benchmark.cases]
-    cases = [(case, chosen) for case, chosen in cases if chosen]
+    cases = [(case, chosen) for case, chosen in cases if chosen and (case.quick or not quick)]
     taken: dict[str, dict[str, list[float]]] = {
         metric: {system: [] for system in chosen} for case, chosen in cases for metric in case.units
     }
@@ -89,7 +149,7 @@ def measure(
         runs += 1
         own = directory / f"{runs:04d}"
         own.mkdir()
-        found = case.run(system, Context(quick=quick, warm_up=warm_up, directory=own))
+        found = case.run(system, Context(quick=quick, warm_up=warm_up, directory=own, kept=kept))
         shown = "  ".join(f"{metric} {found[metric]:.4g} {unit}" for metric, unit in case.units.items())
         say(f"{case.name}: {system}{' (warm-up, discarded)' if warm_up else ''}: {shown}")
         if not warm_up:

@@ -1,14 +1,15 @@
 """Turns the measured series into one JSON document and a table. Pure.
 
 Document: `benchmark` · `machine` · `conditions` · `results` (system -> metric -> n, median, min, max, unit) ·
-`ratios` and `differences` ("metric: candidate / baseline" -> median over the rounds of the paired ones).
+`ratios` and `differences` ("metric: candidate / baseline" -> median over the rounds of the paired ones) · `targets`
+of a benchmark that has some (name, value, bound, met), whose ratios are among `ratios`.
 """
 
 from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from benchmarks.harness import Benchmark, Series
+from benchmarks.harness import Benchmark, Series, Target
 
 
 def document(
@@ -29,7 +30,7 @@ def document(
             if found:
                 ratios[f"{one.metric}: {system} / {baseline}"] = median(found)
             differences[f"{one.metric}: {system} - {baseline}"] = median(ours - theirs for ours, theirs in pairs)
-    return {
+    made: dict[str, Any] = {
         "benchmark": benchmark.name,
         "machine": dict(machine),
         "conditions": dict(conditions),
@@ -37,6 +38,38 @@ def document(
         "ratios": ratios,
         "differences": differences,
     }
+    if benchmark.targets:
+        ratios.update(_ratios_of_targets(benchmark.targets, {one.metric: one for one in series}))
+        verdicts = [_verdict(target, results, ratios) for target in benchmark.targets]
+        made["targets"] = [verdict for verdict in verdicts if verdict is not None]
+    return made
+
+
+def name_of(target: Target) -> str:
+    """As in `ratios`, or for a target on a system's own median "metric: system"."""
+    return f"{target.metric}: {target.over}" + (f" / {target.under}" if target.under is not None else "")
+
+
+def _ratios_of_targets(targets: Sequence[Target], series: Mapping[str, Series]) -> dict[str, float]:
+    ratios = {}
+    for target in targets:
+        values = series[target.metric].values if target.metric in series else {}
+        if target.under is not None and target.over in values and target.under in values:
+            found = paired_ratios(values[target.over], values[target.under])
+            if found:
+                ratios[name_of(target)] = median(found)
+    return ratios
+
+
+def _verdict(target: Target, results: Mapping[str, Any], ratios: Mapping[str, float]) -> dict[str, Any] | None:
+    """None when what the target speaks of was not measured."""
+    value = ratios.get(name_of(target))
+    if target.under is None:
+        value = results.get(target.over, {}).get(target.metric, {}).get("median")
+    if value is None:
+        return None
+    bounds = {key: bound for key in ("at_least", "at_most") if (bound := getattr(target, key)) is not None}
+    return {"name": name_of(target), "value": value, **bounds, "met": target.is_met(value)}
 
 
 def paired_ratios(candidate: Sequence[float], baseline: Sequence[float]) -> list[float]:
@@ -64,4 +97,14 @@ def table(document: Mapping[str, Any]) -> str:
     lines.insert(1, "  ".join("-" * width for width in widths))
     lines += [f"{name}  =  {value:.4f} (median of paired ratios)" for name, value in document["ratios"].items()]
     lines += [f"{name}  =  {value:+.4f}" for name, value in document["differences"].items()]
-    return "\n".join(lines)
+    return "\n".join([*lines, *target_lines(document)])
+
+
+def target_lines(document: Mapping[str, Any]) -> list[str]:
+    """One line for each target: its value, its bound, whether it is met."""
+    return [
+        f"{'met   ' if found['met'] else 'MISSED'}  {found['name']}  =  {found['value']:.4g}"
+        + (f"  (at least {found['at_least']:g})" if "at_least" in found else "")
+        + (f"  (at most {found['at_most']:g})" if "at_most" in found else "")
+        for found in document.get("targets", [])
+    ]

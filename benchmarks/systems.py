@@ -28,11 +28,31 @@ TORCHRUN = "torchrun"
 ELASTIC_RUN = "elastic-run"
 PYTHON = "python"
 BOOTSTRAP = "bootstrap"
+GLOO = "gloo"
+ELASTIC = "elastic"
+ELASTIC_TCP = "elastic-tcp"
+ELASTIC_MESH = "elastic-mesh"
+ELASTIC_RING = "elastic-ring"
+ELASTIC_EXACT = "elastic-exact"
+MESSAGES_EXCHANGE = "messages-exchange"
+MESSAGES_PAIRWISE = "messages-pairwise"
+MESSAGES_RING = "messages-ring"
+PCCL = "pccl"
 MODULE_OF_SYSTEM = {
     TORCHRUN: "torch.distributed.run",
     ELASTIC_RUN: "elastic_run.runtime.cli",
     PYTHON: "runpy",
     BOOTSTRAP: "elastic_run.runtime.bootstrap",
+    GLOO: "torch.distributed",
+    ELASTIC: "elastic_run.collectives.torch_backend",
+    ELASTIC_TCP: "elastic_run.collectives.torch_backend",
+    ELASTIC_MESH: "elastic_run.collectives.mesh",
+    ELASTIC_RING: "elastic_run.collectives.mesh",
+    ELASTIC_EXACT: "elastic_run.collectives.mesh",
+    MESSAGES_EXCHANGE: "elastic_run.collectives.mesh",
+    MESSAGES_PAIRWISE: "elastic_run.collectives.mesh",
+    MESSAGES_RING: "elastic_run.collectives.mesh",
+    PCCL: "pccl",
 }
 
 

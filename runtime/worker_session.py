@@ -18,6 +18,7 @@ from collections.abc import MutableMapping
 from types import ModuleType
 
 from elastic_run.runtime.edge.notice import notice
+from elastic_run.runtime.edge.operations_source import OF_THIS_PROCESS
 from elastic_run.runtime.edge.telemetry_layout import Phase
 from elastic_run.runtime.edge.telemetry_writer import TelemetryWriter
 from elastic_run.runtime.edge.worker_link import WorkerLink
@@ -89,6 +90,7 @@ def _attach(given: dict[str, str], error_file: str | None) -> WorkerSession:
     _die_with(int(given[AGENT_PID]))
     telemetry = TelemetryWriter(given[TELEMETRY])
     telemetry.begin(pid=os.getpid())
+    OF_THIS_PROCESS.offer(telemetry.operations)
     link = WorkerLink(given[AGENT_SOCKET])
     link.hello(worker=given[WORKER], pid=os.getpid())
     # The agent answers while this process goes on with its own part.

@@ -1,14 +1,17 @@
-"""`elastic-ctl`: asks about a job and prints the answer; `forget` deletes what a job that is over left in etcd.
+"""`elastic-ctl`: asks about a job and prints the answer; `forget` deletes what a job that is over left in etcd;
+`telemetry dump` reads one worker's file.
 
 Exit codes: 0; 1 the job is unknown, or nobody answers, or it lives and cannot be forgotten; 2 usage; 130 by Ctrl-C.
 JSON (--json), one document; times are unix seconds, null means not known:
-  status  job_id source problem leader fencing_token condition reason nodes_min nodes_max view world_size restarts_used
-          max_restarts step step_rate_hz last_event nodes; source: leader, or store if no leader answers (problem: why)
+  status  job_id source problem leader leader_metrics_port fencing_token condition reason nodes_min nodes_max view
+          world_size restarts_used max_restarts step step_rate_hz last_event nodes; source: leader, or store if no
+          leader answers (problem: why)
   nodes   job_id source problem nodes; a node: node incarnation address nproc condition reason in_view view phase
-          workers_alive step step_rate_hz
+          workers_alive step step_rate_hz metrics_port
   views   job_id current views; a view: number status members (node incarnation address nproc) restart_count reason
           proposed_at stop_at_step master_addr master_port
   events  job_id events; an event: sequence at kind message node view. With --follow: one event a line
+  telemetry dump: see docs/telemetry.md
 """
 
 import argparse
@@ -22,7 +25,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
 
-from elastic_run.runtime.ctl import forget, text
+from elastic_run.runtime.ctl import forget, telemetry_dump, text
 from elastic_run.runtime.ctl.client import connected
 from elastic_run.runtime.ctl.find import Target, find_job
 from elastic_run.runtime.ctl.picture import installed_view
@@ -103,6 +106,11 @@ def _forget(args: argparse.Namespace) -> None:
     print(f"job {target.job_id} is forgotten")
 
 
+def _telemetry_dump(args: argparse.Namespace) -> None:
+    dump = telemetry_dump.read(args.file, now_ns=time.monotonic_ns())
+    _answer(args, telemetry_dump.document(dump), lambda: telemetry_dump.readable(dump, last=args.last))
+
+
 async def _with_store(target: Target, use: Callable[[Store], Awaitable[T]]) -> T:
     store = store_access.open_store(target.store, namespace(target.job_id))
     try:
@@ -155,6 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     asking[-1].add_argument("--follow", action="store_true", help="go on with new events until the job ends")
     forgetting = add("forget", _forget, "delete all that a job which is over left in its store")
     forgetting.add_argument("--yes", action="store_true", help="do not ask")
+    telemetry_dump.add_command(commands, _telemetry_dump)
     return parser
 
 

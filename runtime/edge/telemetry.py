@@ -6,7 +6,8 @@ word is ever torn. Times are CLOCK_MONOTONIC of the host, the same for agent and
 Invariants:
 1. What is not a whole file of this layout is refused with CodecError (tests/unit/test_telemetry.py).
 2. Every record returned was written as such, in order; the others are counted (tests/property/test_telemetry_ring.py).
-Not here: the worker's side (telemetry_writer.py); what lies where (telemetry_layout.py); judging progress (the agent).
+Not here: the worker's side (telemetry_writer.py); what lies where (telemetry_layout.py); the records of operations
+(operations.py); judging progress (the agent).
 """
 
 import mmap
@@ -15,7 +16,9 @@ import struct
 import time
 from dataclasses import dataclass
 
+from elastic_run.runtime.edge import operations_layout
 from elastic_run.runtime.edge import telemetry_layout as layout
+from elastic_run.runtime.edge.operations import Operations, read_operations
 from elastic_run.runtime.edge.telemetry_layout import PHASES, Phase, check_header, check_size, record_word, seal
 from elastic_run.runtime.protocol.errors import CodecError, InvariantViolated
 
@@ -73,7 +76,7 @@ class Telemetry:
 
 def create(path: str, rank: int, world_size: int, view: int) -> None:
     """Make the file of a worker that is about to start, with mode 0600. Raises FileExistsError, OSError."""
-    words = bytearray(layout.FILE_BYTES)
+    words = bytearray(layout.STEPS_END_BYTE)
     struct.pack_into(f"={len(layout.HEADER)}Q", words, 0, *layout.HEADER)
     struct.pack_into("=3Q", words, layout.RANK * layout.WORD_BYTES, rank, world_size, view)
     struct.pack_into("=Q", words, layout.AGENT_BEAT_NS * layout.WORD_BYTES, time.monotonic_ns())
@@ -82,6 +85,7 @@ def create(path: str, rank: int, world_size: int, view: int) -> None:
         # Reserved now: a full disk would otherwise kill the worker by SIGBUS at some later store.
         os.posix_fallocate(fd, 0, layout.FILE_BYTES)
         os.write(fd, words)
+        os.pwrite(fd, operations_layout.table_bytes(), layout.STEPS_END_BYTE)
     except OSError:
         os.unlink(path)
         raise
@@ -92,17 +96,26 @@ def create(path: str, rank: int, world_size: int, view: int) -> None:
 class TelemetryFile:
     """A worker's file, mapped. Usable until `close`, whatever became of the worker."""
 
-    def __init__(self, path: str) -> None:
-        """Raises CodecError when the file cannot be opened or is not a telemetry file."""
+    def __init__(self, path: str, *, read_only: bool = False) -> None:
+        """Raises CodecError when the file cannot be opened or is not a telemetry file.
+
+        read_only: for a look at any file, by a link too; the worker cannot be asked for anything.
+        """
         self._path = path
+        # A pipe must not hold up who opens it; a link must not lead the agent's stores elsewhere.
+        flags = os.O_RDONLY | os.O_NONBLOCK if read_only else os.O_RDWR | os.O_NOFOLLOW
         try:
-            self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            self._fd = os.open(path, flags | os.O_CLOEXEC)
         except OSError as error:
             raise CodecError(f"{path}: cannot open the telemetry file: {error.strerror}") from None
         try:
             self._size_bytes = os.fstat(self._fd).st_size
             check_size(self._size_bytes, path)
-            self._map = mmap.mmap(self._fd, self._size_bytes)
+            access = mmap.ACCESS_READ if read_only else mmap.ACCESS_WRITE
+            self._map = mmap.mmap(self._fd, self._size_bytes, access=access)
+        except OSError as error:  # a directory has a size too
+            os.close(self._fd)
+            raise CodecError(f"{path}: cannot map the telemetry file: {error.strerror}") from None
         except BaseException:
             os.close(self._fd)
             raise
@@ -141,6 +154,13 @@ class TelemetryFile:
             records_torn=step + 1 - first - len(records),
             records_overwritten=max(0, step - layout.STEP_RECORDS),
         )
+
+    def read_operations(self, *, after: int = 0) -> Operations:
+        """Return what the worker's collectives did and do; see `operations.read_operations`. Raises CodecError."""
+        self._check()
+        # Released also when it raises: a view that lives on in a traceback would keep the file from being closed.
+        with self._words.cast("B") as data, data[layout.STEPS_END_BYTE :] as section:
+            return read_operations(section, self._path, after=after)
 
     def request_stop(self, *, at_step: int, view: int) -> None:
         """Ask the worker to park after step `at_step`, or at once if that is past, for `view`, newer than its own."""

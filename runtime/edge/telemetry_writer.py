@@ -5,16 +5,21 @@ Invariants:
    (tests/property/test_telemetry_ring.py).
 2. After `disarm` nothing is written: a forked child does not speak for its parent
    (tests/integration/test_safe_point.py).
-Not here: creating the file and reading it (telemetry.py); what lies where (telemetry_layout.py).
+Not here: creating the file and reading it (telemetry.py); what lies where (telemetry_layout.py); what the collectives
+do (operations_writer.py).
 """
 
 import mmap
 import os
 import time
+from typing import TYPE_CHECKING
 
 from elastic_run.runtime.edge import telemetry_layout as layout
 from elastic_run.runtime.edge.telemetry_layout import PHASES, Phase, check_header, check_size, record_word, seal
 from elastic_run.runtime.protocol.errors import CodecError
+
+if TYPE_CHECKING:
+    from elastic_run.runtime.edge.operations_writer import OperationsWriter
 
 
 class TelemetryWriter:
@@ -34,6 +39,7 @@ class TelemetryWriter:
             os.close(fd)
         check_header(self._words, size_bytes, path)
         self._step = self._words[layout.STEP]
+        self._operations: OperationsWriter | None = None
 
     def begin(self, *, pid: int) -> None:
         """Say which process writes here from now on."""
@@ -76,7 +82,18 @@ class TelemetryWriter:
         """Return when the agent last gave a sign of life."""
         return self._words[layout.AGENT_BEAT_NS]
 
+    def operations(self) -> "OperationsWriter":
+        """Return the writer of the file's operations section, always the same."""
+        # Loaded with the collectives: a script without them does not pay.
+        from elastic_run.runtime.edge.operations_writer import OperationsWriter
+
+        if self._operations is None:
+            self._operations = OperationsWriter(self._words.cast("B")[layout.STEPS_END_BYTE :])
+        return self._operations
+
     def disarm(self) -> None:
         """From now on write to memory of this process only."""
+        if self._operations is not None:
+            self._operations.disarm()
         self._words = memoryview(bytearray(len(self._words) * layout.WORD_BYTES)).cast("Q")
         self._words[layout.AGENT_BEAT_NS] = layout.WORD_MASK  # nor does it wait for its parent's agent

@@ -12,6 +12,7 @@ import pytest
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.harness import BenchmarkError
+from benchmarks.registry import BENCHMARKS
 from benchmarks.systems import ROOT, finish, started, wait_for_files
 
 TIMEOUT_S = 120
@@ -52,7 +53,7 @@ def test_a_quick_run_prints_its_table_and_writes_its_json(tmp_path: Path) -> Non
 def test_list_names_every_benchmark_with_a_line() -> None:
     done = run_benchmarks("--list")
     assert done.returncode == 0
-    assert [line.split()[0] for line in done.stdout.splitlines()] == ["step_overhead", "startup", "idle"]
+    assert [line.split()[0] for line in done.stdout.splitlines()] == [benchmark.name for benchmark in BENCHMARKS]
 
 
 def test_what_is_not_there_is_one_line_and_exit_2() -> None:
