@@ -4,18 +4,19 @@ Invariants (`validate`, tests/property/test_arena_property.py):
 1. Regions never overlap; a region's bytes go to nobody else until its owner has released it and no peer holds it.
 2. A generation is never used twice, and the word before the data is overwritten before the bytes are given away again:
    a reader that stalled until its hold was dropped can see that it read something else (`PeerSegments.check`).
-3. The segments together never exceed the limit.
+3. The segments together never exceed the hard limit; above the limit only `beyond` gets new memory.
 A segment lives while any region of it does: hold a region before its segment's descriptor is queued for the peer.
 Not thread safe: only the engine's thread calls it. After a fork only the parent may (segment.py: what a child may do).
 Not here: the memory (segment.py); the reading side (peer_segments.py); passing descriptors (the links).
 """
 
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from elastic_run.collectives.errors import CollectiveError
 from elastic_run.collectives.free_space import Extent
 from elastic_run.collectives.segment import HEADER_BYTES, SEGMENTS_MAX, Segment
 from elastic_run.runtime.protocol.errors import CodecError, InvariantViolated
@@ -53,20 +54,24 @@ class Tenancy:
     region: Region
     start: int
     stop: int
+    user: Hashable = None
     owned: bool = True
     peers: dict[str, int] = field(default_factory=dict)
     """Worker id -> how many times it holds the region."""
 
 
 class Arena:
-    """At most `limit_bytes` of shared memory.
+    """At most `limit_bytes` of shared memory, and up to `hard_limit_bytes` for those who must not wait.
 
-    `on_retire` is called within `allocate` and `trim` with the number of each segment given back. Peers need not be
-    told: the segment itself says so, and they drop it when they map the next one.
+    `on_retire` is called with the number of each segment given back. Peers need not be told: the segment itself says
+    so, and they drop it when they map the next one.
     """
 
-    def __init__(self, limit_bytes: int, on_retire: Callable[[int], None] | None = None) -> None:
+    def __init__(
+        self, limit_bytes: int, on_retire: Callable[[int], None] | None = None, *, hard_limit_bytes: int | None = None
+    ) -> None:
         self._limit_bytes = limit_bytes - limit_bytes % GRAIN_BYTES
+        self._hard_limit_bytes = max(self._limit_bytes, hard_limit_bytes or 0)
         self._on_retire = on_retire
         self._segments: dict[int, Segment] = {}
         self._tenancies: dict[int, Tenancy] = {}
@@ -86,10 +91,12 @@ class Arena:
         """Bytes of regions that are not free, headers and rounding included."""
         return sum(tenancy.stop - tenancy.start for tenancy in self._tenancies.values())
 
-    def allocate(self, nbytes: int) -> Region | None:
+    def allocate(self, nbytes: int, user: Hashable = None, *, beyond: bool = False) -> Region | None:
         """Return a region of the warmest memory that fits; None: the limit is reached, ask again after a release.
 
-        Raises ValueError when the limit is too low for it at any time, CollectiveError when the system has no memory.
+        `beyond`: the limit is no reason to wait, unless peers still hold what the same `user` gave up.
+        Raises ValueError when the limit is too low for it at any time, CollectiveError when the system has no memory or
+        the hard limit is reached.
         """
         if self._closed:
             raise InvariantViolated("allocation from a closed arena")
@@ -98,16 +105,16 @@ class Arena:
         needed_bytes = -(-(HEADER_BYTES + nbytes) // GRAIN_BYTES) * GRAIN_BYTES
         if needed_bytes > self._limit_bytes:
             raise ValueError(f"{nbytes} bytes never fit in an arena of {self._limit_bytes} bytes")
-        if len(self._tenancies) >= REGIONS_MAX:
-            return None
-        place = self._find(needed_bytes) or self._grow(nbytes, needed_bytes)
+        place = self._place(nbytes, needed_bytes)
         if place is None:
-            return None
+            if not beyond or self._lent(user):
+                return None
+            place = self._beyond(nbytes, needed_bytes)
         segment, start = place
         # Before it is taken: when the system has no memory, nothing has changed.
         segment.back(start + needed_bytes)
         segment.free.take(start, start + needed_bytes)
-        return self._settle(segment, start, start + needed_bytes, nbytes)
+        return self._settle(segment, start, start + needed_bytes, nbytes, user)
 
     def find(self, generation: int) -> Region | None:
         """Return the region with that generation, unless it is free again."""
@@ -187,7 +194,7 @@ class Arena:
 
     def validate(self) -> None:
         """Raise InvariantViolated unless the invariants of the module hold."""
-        if self.segment_bytes > self._limit_bytes or len(self._segments) > SEGMENTS_MAX:
+        if self.segment_bytes > self._hard_limit_bytes or len(self._segments) > SEGMENTS_MAX:
             raise InvariantViolated(f"{len(self._segments)} segments of {self.segment_bytes} bytes exceed the limit")
         free_bytes = 0
         for segment in self._segments.values():
@@ -210,6 +217,29 @@ class Arena:
             raise InvariantViolated(f"there is no segment {number}")
         return segment
 
+    def _place(self, nbytes: int, needed_bytes: int) -> tuple[Segment, int] | None:
+        """Return free memory within the limit."""
+        if len(self._tenancies) >= REGIONS_MAX:
+            return None
+        if self.segment_bytes > self._limit_bytes and self.used_bytes + needed_bytes > self._limit_bytes:
+            return None
+        return self._find(needed_bytes) or self._grow(nbytes, needed_bytes, self._limit_bytes)
+
+    def _beyond(self, nbytes: int, needed_bytes: int) -> tuple[Segment, int]:
+        """Return free memory within the hard limit. Raises CollectiveError when there is none."""
+        place = None
+        if len(self._tenancies) < REGIONS_MAX:
+            place = self._find(needed_bytes) or self._grow(nbytes, needed_bytes, self._hard_limit_bytes)
+        if place is None:
+            raise CollectiveError(
+                f"no {nbytes} bytes of shared memory for another operation: {self.used_bytes} bytes in"
+                f" {len(self._tenancies)} regions are in use, and peers map no more than {self._hard_limit_bytes}"
+            )
+        return place
+
+    def _lent(self, user: Hashable) -> bool:
+        return any(tenancy.user == user and not tenancy.owned for tenancy in self._tenancies.values())
+
     def _find(self, needed_bytes: int) -> tuple[Segment, int] | None:
         best: tuple[Segment, Extent] | None = None
         best_rank = (False, -1)
@@ -221,12 +251,13 @@ class Arena:
                     best, best_rank = (segment, extent), rank
         return (best[0], best[1].start) if best is not None else None
 
-    def _grow(self, nbytes: int, needed_bytes: int) -> tuple[Segment, int] | None:
+    def _grow(self, nbytes: int, needed_bytes: int, limit_bytes: int) -> tuple[Segment, int] | None:
         """Make a segment, as large as all before it together where the limit allows: so there are few of them."""
-        room_bytes = self._make_room(needed_bytes)
+        room_bytes = self._make_room(needed_bytes, limit_bytes)
         if room_bytes < needed_bytes:
             return None
-        doubled_bytes = 1 << (self.segment_bytes.bit_length() - 1) if self._segments else 0
+        within = limit_bytes == self._limit_bytes  # beyond, what is taken is wanted back soon
+        doubled_bytes = 1 << (self.segment_bytes.bit_length() - 1) if self._segments and within else 0
         fitting_bytes = 1 << max(0, nbytes - 1).bit_length()
         wanted_bytes = max(SEGMENT_BYTES_MIN, doubled_bytes, fitting_bytes) + SEGMENT_SLACK_BYTES
         segment = Segment(self._segments_made + 1, min(wanted_bytes, room_bytes))
@@ -234,10 +265,10 @@ class Arena:
         self._segments[segment.number] = segment
         return segment, 0
 
-    def _make_room(self, needed_bytes: int) -> int:
+    def _make_room(self, needed_bytes: int, limit_bytes: int) -> int:
         """Return how large a new segment may be, after retiring as few free ones as that takes; none if in vain."""
         free = self._free_segments()
-        room_bytes = self._limit_bytes - self.segment_bytes
+        room_bytes = limit_bytes - self.segment_bytes
         if room_bytes + sum(segment.size_bytes for segment in free) < needed_bytes:
             return 0
         for segment in free:
@@ -258,7 +289,7 @@ class Arena:
         if self._on_retire is not None:
             self._on_retire(segment.number)
 
-    def _settle(self, segment: Segment, start: int, stop: int, nbytes: int) -> Region:
+    def _settle(self, segment: Segment, start: int, stop: int, nbytes: int, user: Hashable) -> Region:
         self._generation += 1
         offset = start + HEADER_BYTES
         segment.mapping.set_generation(offset, self._generation)
@@ -270,7 +301,7 @@ class Arena:
             tensor=segment.mapping.tensor[offset : offset + nbytes],
             bytes=segment.mapping.bytes[offset : offset + nbytes],
         )
-        self._tenancies[region.generation] = Tenancy(region=region, start=start, stop=stop)
+        self._tenancies[region.generation] = Tenancy(region=region, start=start, stop=stop, user=user)
         return region
 
     def _free_if_unused(self, tenancy: Tenancy) -> None:
@@ -283,3 +314,5 @@ class Arena:
         self._releases += 1
         segment.free.give(tenancy.start, tenancy.stop, self._releases)
         del self._tenancies[region.generation]
+        if segment.free.is_whole() and self.segment_bytes > self._limit_bytes:
+            self._retire(segment)

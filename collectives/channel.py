@@ -118,8 +118,15 @@ class Channel:
     # Shared memory ---------------------------------------------------------------------------------------------------
 
     def allocate(self, nbytes: int) -> Region | None:
-        """Return shared memory of this worker, the operation's until its end; None: none is free now."""
-        region = self._group.mesh.arena.allocate(nbytes)
+        """Return shared memory of this worker, the operation's until its end; None: none is free now.
+
+        Groups may run their operations in different orders on different members, so two operations could each hold
+        memory here and wait for the other's there. Hence the oldest operation of a group never waits behind others: in
+        every group the one that is oldest everywhere gets on. It waits only while members read what older ones left.
+        Raises CollectiveError when such operations together come to the hard limit.
+        """
+        beyond = self._group.is_oldest(self)
+        region = self._group.mesh.arena.allocate(nbytes, self._group.identity, beyond=beyond)
         if region is not None:
             self._regions.append(region)
         return region
@@ -130,7 +137,7 @@ class Channel:
         self._group.mesh.arena.release_owner(region)
 
     def memory(self) -> Pending:
-        """Return a pending that is done when some shared memory has become free."""
+        """Return a pending that is done when some memory has become free, or this operation may be the oldest."""
         return self._group.mesh.when_memory_freed()
 
     def publish(self, rank: int, slot: int, region: Region) -> None:

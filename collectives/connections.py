@@ -87,7 +87,7 @@ class Connections(ABC):
         self._ungranted: dict[Key, Send] = {}
         self._grants: set[Key] = set()
         self._segments: PeerSegments | None = None
-        self._segments_sent: set[int] = set()
+        self._segments_sent: dict[int, Item] = {}
         self._farewell: CollectiveAborted | None = None  # what it said when it closed on purpose
         self.left: CollectiveAborted | None = None
         """It closed on purpose, and everything it had sent is here: what operations that need more of it end with."""
@@ -140,7 +140,11 @@ class Connections(ABC):
 
     def forget_segment(self, segment: int) -> None:
         """A segment of this worker is gone; the peer sees that by itself."""
-        self._segments_sent.discard(segment)
+        item = self._segments_sent.pop(segment, None)
+        if item is not None and item.descriptors:  # not sent yet, and the descriptor is closed
+            self._control = deque(other for other in self._control if other is not item)
+            for lane in self._lanes.values():
+                lane.withdraw(item)
 
     @property
     def connected(self) -> bool:
@@ -373,12 +377,12 @@ class Connections(ABC):
     def _introduce(self, segment: int) -> None:
         if segment in self._segments_sent:
             return
-        self._segments_sent.add(segment)
         arena = self._mesh.arena
         payload = wire.pack_region(RegionRef(segment, 0, 0, arena.size_of(segment)))
         header = wire.pack(Header(Kind.SEGMENT, view=self._mesh.view_number, length=len(payload)))
         self.open()
-        self._push(Item([header + payload], descriptors=(arena.fd_of(segment),)))
+        item = self._segments_sent[segment] = Item([header + payload], descriptors=(arena.fd_of(segment),))
+        self._push(item)
 
     @abstractmethod
     def next_item(self, lane: int) -> Item | None:

@@ -72,7 +72,11 @@ class Engine:
 
     def __init__(self, on_broken: Callable[[BaseException], None]) -> None:
         self._epoll = select.epoll()
-        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        try:
+            self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        except OSError:
+            self._epoll.close()
+            raise
         self._epoll.register(self._wake_fd, select.EPOLLIN)
         self._handlers: dict[int, Callable[[int], None]] = {}
         self._role = threading.Lock()
@@ -95,7 +99,12 @@ class Engine:
         self.busy = 0
         """Operations under way: while there are any, a driver that leaves calls the background thread."""
         self._thread = threading.Thread(target=self._background, name="elastic-collectives", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:
+            self._epoll.close()
+            os.close(self._wake_fd)
+            raise
 
     # For the driver, inside a turn -----------------------------------------------------------------------------------
 

@@ -63,7 +63,9 @@ class Group:
         self._sent: dict[tuple[int, int], int] = {}
         self._active: set[Operation] = set()
         self._queued: deque[Operation] = deque()
-        self._limited = 0
+        self._limited: dict[
+            Operation, None
+        ] = {}  # of those under way, without messages from one member to one; in order
 
     # Operations ------------------------------------------------------------------------------------------------------
 
@@ -329,6 +331,11 @@ class Group:
         for operation in list(self._active):
             operation.interrupt(error)
 
+    def is_oldest(self, channel: Channel) -> bool:
+        """Say whether no operation under way is older; never of a message from one member to one."""
+        oldest = next(iter(self._limited), None)
+        return oldest is not None and oldest.runs_on(channel)
+
     def needs(self, peer: "Connections") -> bool:
         """Say whether an operation under way waits for something that only `peer` can do."""
         return any(operation.needs(peer) for operation in self._active)
@@ -381,12 +388,16 @@ class Group:
         self._active.add(operation)
         if self.error is not None:
             operation.interrupt(self.error)
-        elif limited and (self._queued or self._limited >= ACTIVE_MAX):
+        elif limited and (self._queued or len(self._limited) >= ACTIVE_MAX):
             self._queued.append(operation)
         else:
-            self._limited += limited
-            operation.begun = True
-            operation.start()
+            self._begin(operation, limited)
+
+    def _begin(self, operation: Operation, limited: bool) -> None:
+        if limited:
+            self._limited[operation] = None
+        operation.begun = True
+        operation.start()
 
     def _ended(self, operation: Operation) -> None:
         self.mesh.engine.busy -= 1
@@ -395,17 +406,16 @@ class Group:
     def _ended_limited(self, operation: Operation) -> None:
         self._ended(operation)
         if operation.begun:
-            self._limited -= 1
+            del self._limited[operation]
+            self.mesh.operation_ended()
             if self._queued:
                 self.mesh.engine.soon(self._begin_next)
 
     def _begin_next(self) -> None:
-        while self._queued and self._limited < ACTIVE_MAX:
+        while self._queued and len(self._limited) < ACTIVE_MAX:
             operation = self._queued.popleft()
             if not operation.finished:
-                self._limited += 1
-                operation.begun = True
-                operation.start()
+                self._begin(operation, True)
 
     # Arguments -------------------------------------------------------------------------------------------------------
 

@@ -33,7 +33,7 @@ from elastic_run.collectives.peer import Peer
 from elastic_run.collectives.pending import Pending
 from elastic_run.collectives.recording import Recorder, writer_of_this_process
 from elastic_run.collectives.scratch import ScratchPool
-from elastic_run.runtime.protocol.errors import PeerRefused
+from elastic_run.runtime.protocol.errors import PeerError, PeerRefused
 from elastic_run.runtime.protocol.ids import check_name
 
 WORLD = "world"
@@ -57,7 +57,9 @@ class Mesh:
         self.worker = check_name(worker, what="worker")
         self.secret = secret
         self.options = options or this_process_options()
-        self.arena = Arena(self.options.arena_bytes, self._segment_retired)
+        mapped_bytes = self.options.peer_segments_bytes  # of what is beyond it, peers would have to drop us
+        soft_bytes = min(self.options.arena_bytes, mapped_bytes)
+        self.arena = Arena(soft_bytes, self._segment_retired, hard_limit_bytes=mapped_bytes)
         self.scratch = ScratchPool(self.options.scratch_bytes)
         self._host = self.options.host_key or this_host()
         self._view: DataView | None = None
@@ -74,7 +76,12 @@ class Mesh:
         self._tcp, self._unix, unix_name = listen(self.options)
         address, port = self._tcp.getsockname()[:2]
         self.endpoint = Endpoint(worker=worker, host=self._host, address=address, port=port, unix=unix_name)
-        self.engine = Engine(self._engine_broken)
+        try:
+            self.engine = Engine(self._engine_broken)
+        except (OSError, RuntimeError) as error:
+            self._tcp.close()
+            self._unix.close()
+            raise PeerError(f"cannot begin to listen: {error}") from None
         self.recorder = None if writer is None else Recorder(writer, self.engine)
         self.engine.call(self._start_listening)
         _MESHES.add(self)
@@ -334,6 +341,11 @@ class Mesh:
             pending.finish()
         for peer in list(self._peers.values()):
             peer.stage_bulk()
+
+    def operation_ended(self) -> None:
+        """An operation that waits for memory may be its group's oldest now."""
+        if self._memory_waiters:
+            self.memory_freed()
 
     def _segment_retired(self, segment: int) -> None:
         for peer in self._peers.values():

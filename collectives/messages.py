@@ -6,6 +6,7 @@ order they were sent per (group, tag); large ones are announced (OFFER).
 Not here: sockets (outbound.py, inbound.py); who sends what when (peer.py).
 """
 
+import bisect
 from collections import deque
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -19,6 +20,8 @@ UNEXPECTED_BYTES_MAX = 64 << 20
 """Of one peer. Who sends more unasked is disconnected: to stop reading could stop two honest members for good."""
 KEPT_OVERHEAD_BYTES = 512
 """What a kept message takes besides its bytes: with it one bound does for large and for empty ones."""
+PIECES_MAX = 4096
+"""Of one message, with gaps between them. A stalled connection of four leaves one gap per chunk it holds up."""
 
 
 class Key(NamedTuple):
@@ -48,7 +51,7 @@ class Send(Pending):
 class Receive(Pending):
     """A message waited for, received in place; done when its last byte is there."""
 
-    __slots__ = ("buffer", "cancelled", "check", "key", "missing", "on_match", "sequence", "source")
+    __slots__ = ("buffer", "cancelled", "check", "key", "missing", "on_match", "pieces", "sequence", "source")
 
     def __init__(self, peer: str, key: Key, check: int, buffer: memoryview) -> None:
         super().__init__(peer)
@@ -56,11 +59,28 @@ class Receive(Pending):
         self.check = check
         self.buffer = buffer
         self.missing = len(buffer)
+        self.pieces: list[tuple[int, int]] = []
+        """Where its bytes came or are coming, `[start, stop)`: ascending, no two touch."""
         self.cancelled = False
         self.source: str | None = None
         self.sequence = key.sequence
         self.on_match: deque[Queue] | None = None
         """Point-to-point from any source: the queues in which it waits."""
+
+    def claim(self, start: int, nbytes: int) -> None:
+        """Note that a piece comes. Raises FrameError when some of it came already: it would count for what did not."""
+        if not nbytes:
+            return
+        pieces, stop = self.pieces, start + nbytes
+        at = bisect.bisect_left(pieces, (start, stop))
+        before = pieces[at - 1] if at else (-1, -1)
+        after = pieces[at] if at < len(pieces) else (-1, -1)
+        if before[1] > start or -1 < after[0] < stop:
+            raise FrameError(f"bytes {start} to {stop} of a message came twice in part or whole")
+        joined = (before[0] if before[1] == start else start, after[1] if after[0] == stop else stop)
+        pieces[at - (before[1] == start) : at + (after[0] == stop)] = [joined]
+        if len(pieces) > PIECES_MAX:
+            raise FrameError(f"a message came in more than {PIECES_MAX} pieces that do not touch")
 
 
 class Fetch(Pending):

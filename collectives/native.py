@@ -50,10 +50,10 @@ def sum_parts(out: Tensor, parts: Sequence[Tensor], reduction: Reduction, count:
     return True
 
 
-def copy_through(target: Tensor, source: Tensor) -> None:
+def copy_through(target: Tensor, source: Tensor, bytes_min: int = COPY_BYTES_MIN) -> None:
     """Copy what will not be read again soon. Both one-dimensional, contiguous, of one length and dtype."""
     nbytes = target.numel() * target.element_size()
-    if kernels is None or nbytes < COPY_BYTES_MIN or source.dtype is not target.dtype:
+    if kernels is None or nbytes < bytes_min or source.dtype is not target.dtype:
         target.copy_(source)
     else:
         kernels.copy(target.data_ptr(), source.data_ptr(), nbytes)

@@ -86,6 +86,9 @@ class Operation:
 
     # For the engine --------------------------------------------------------------------------------------------------
 
+    def runs_on(self, channel: "Channel") -> bool:
+        return self._channel is channel
+
     def needs(self, peer: "Connections") -> bool:
         return self._channel.needs(peer)
 

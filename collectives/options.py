@@ -25,12 +25,13 @@ class MeshOptions:
     shared_memory: bool = True
     """Off: workers of one host talk TCP as strangers do (for measurements, and where memfd is forbidden)."""
     arena_bytes: int = 1 << 30
-    """Bound of this worker's shared memory. Lower: large operations go in more pieces; higher: more memory per host."""
+    """Shared memory of this worker; more is taken only where the oldest operation of a group would have to wait. Lower:
+    large operations go in more pieces; higher: more memory per host."""
     scratch_bytes: int = 256 * MIB
     """Temporary memory kept for the next operation. Lower: large operations touch fresh pages, at several times the
     cost of a copy; higher: more memory that only operations use."""
     peer_segments_bytes: int = 4 << 30
-    """Bound of what one peer may have us map."""
+    """Bound of what one peer may have us map, and so of its shared memory: operations that cannot do with it fail."""
     stage_bytes: int = 4 * MIB
     """Piece of a large message through shared memory."""
     chunk_bytes: int = MIB

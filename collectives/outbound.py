@@ -116,6 +116,11 @@ class Outbound:
         if self._item is not None and self._item.owner is owner:
             self._item.buffers[-1] = VOID
 
+    def withdraw(self, item: Item) -> None:
+        """Do not send an item of which nothing was sent yet."""
+        if self._item is item:
+            self._item = None
+
     def finish(self, last: bytes) -> None:
         """After everything that waits, send `last`, then end this direction: the peer answers by closing."""
         if not self._ending and self._last is None:

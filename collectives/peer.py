@@ -136,6 +136,7 @@ class Peer(Sending):
             if not self._agrees(posted, key, header.check, header.total):
                 return None
             posted.first_ns = posted.first_ns or self.progress_ns
+            posted.claim(header.offset, header.length)
             return posted.buffer[header.offset : header.offset + header.length]
         if header.total > EAGER_BYTES_MAX:
             raise FrameError(f"{self.worker} sent a large message that nobody had asked for")
@@ -153,6 +154,7 @@ class Peer(Sending):
             if target.obj is not posted.buffer.obj:  # it came before it was waited for
                 if not self._agrees(posted, key, header.check, header.total):
                     return
+                posted.claim(header.offset, header.length)
                 posted.buffer[header.offset : header.offset + header.length] = target
             self._count(posted, header.length)
         elif posted is None:
@@ -243,6 +245,7 @@ class Peer(Sending):
     def _copy_staged(self, posted: Receive, offset: int, region: RegionRef) -> None:
         if not 0 < region.nbytes <= len(posted.buffer) - offset:
             raise FrameError(f"{self.worker} staged bytes outside of a message")
+        posted.claim(offset, region.nbytes)
         tensor_of(posted.buffer[offset : offset + region.nbytes]).copy_(self.view_of(region))
         if not self.intact(region):
             raise FrameError(f"{self.worker} took a staged message back while it was read")

@@ -106,12 +106,15 @@ class Sending(Connections):
         return min(self._mesh.options.chunk_bytes, max(CHUNK_BYTES_MIN, share))
 
     def stage_bulk(self) -> None:
-        """Copy waiting messages into shared memory, as far as there is room."""
+        """Copy waiting messages into shared memory, as far as there is room; one piece when there is none.
+
+        They were asked for, so the peer reads each piece at once, whatever operations here and there wait for.
+        """
         while self._bulk and self.local:
             send = self._bulk[0]
             nbytes = min(len(send.buffer) - send.next_offset, self._mesh.options.stage_bytes)
             try:
-                region = self._mesh.arena.allocate(nbytes)
+                region = self._mesh.arena.allocate(nbytes, self.worker, beyond=True)
             except CollectiveError as error:  # the system has no memory: this message's group cannot go on
                 self._fail_group(send.key.group, CollectiveAborted(str(error), self._mesh.worker))
                 return

@@ -23,6 +23,7 @@ WORLD_LIMIT_S = float(os.environ.get("TORCH_RANKS_LIMIT_S", "240"))
 HANG_LIMIT_S = WORLD_LIMIT_S * 0.9
 KILL_GRACE_S = 10.0
 OPERATION_LIMIT = timedelta(seconds=60)
+_NEVER_DESTROYED: list[Any] = []
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +46,9 @@ class Rank:
             world_size=self.size,
             **{"timeout": OPERATION_LIMIT, **options},
         )
+        if self.backend == "gloo":
+            # gloo's destructor joins a thread that may wait for the interpreter, which the destructor holds.
+            _NEVER_DESTROYED.append(dist.group.WORLD)
 
     def say(self, mark: str) -> None:
         """Let others see that this rank came to `mark`."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from elastic_run.collectives.native import copy_through
 from elastic_run.collectives.partition import slices
 
 ALIGN_BYTES = 64
@@ -15,6 +16,7 @@ CHUNK_BYTES_MIN, CHUNK_BYTES_MAX = 256 << 10, 2 << 20
 """Larger: less is in cache when it is reduced; smaller: more messages, each some 50 us of Python on both sides."""
 CHUNKS_PER_SHARE = 4
 """Wanted; bounded by the two above."""
+BACKUP_BYTES_MIN = 64 << 10
 AHEAD = 4
 """Chunks asked for ahead of the one that is reduced: so a member that waits for a processor does not stop the rest."""
 
@@ -62,7 +64,7 @@ class Saved:
     def save(self, place: slice) -> Tensor:
         """Return the part of the data, free to be overwritten."""
         part = self._data[place]
-        self._backup[place].copy_(part)
+        copy_through(self._backup[place], part, bytes_min=BACKUP_BYTES_MIN)  # read again only when something fails
         self._places.append(place)
         return part
 

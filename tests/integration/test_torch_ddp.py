@@ -35,7 +35,7 @@ def test_data_parallel_trains_as_over_gloo(size: int, tmp_path: Path) -> None:
 
 
 def test_callbacks_that_wait_for_collectives_train_alike_on_all_ranks(tmp_path: Path) -> None:
-    # Not against gloo: there such a callback blocks one of the few threads that make progress, and may hang.
+    # Rank against rank: torch promises this hook for NCCL only, so gloo is no oracle for it.
     first, *others = run_ranks("torch_training:compressed", size=3, backend="elastic", directory=tmp_path)
     assert "error" not in first, first["error"]
     for other in others:

@@ -6,13 +6,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastic_run.collectives.arena import GRAIN_BYTES, Arena, Region
+from elastic_run.collectives.errors import CollectiveError
 from elastic_run.collectives.free_space import FreeSpace
 from elastic_run.collectives.segment import HEADER_BYTES
 
+HARD = 2
+"""Times the limit."""
 PEERS = ("a", "b", "c")
 STEPS = st.lists(
     st.one_of(
         st.tuples(st.just("allocate"), st.integers(0, 40 * GRAIN_BYTES)),
+        st.tuples(st.just("allocate_beyond"), st.integers(0, 40 * GRAIN_BYTES)),
         st.tuples(st.sampled_from(["hold", "release"]), st.integers(0, 30), st.sampled_from(PEERS)),
         st.tuples(st.just("release_owner"), st.integers(0, 30)),
         st.tuples(st.just("drop_peer"), st.sampled_from(PEERS)),
@@ -43,6 +47,7 @@ class Oracle:
     generations: set[int] = field(default_factory=set)
     retired: list[int] = field(default_factory=list)
     allocated: int = 0
+    beyond: bool = False
 
     def allocate(self, nbytes: int) -> None:
         if -(-(nbytes + HEADER_BYTES) // GRAIN_BYTES) * GRAIN_BYTES > self.limit_bytes:
@@ -50,7 +55,24 @@ class Oracle:
         region = self.arena.allocate(nbytes)
         if region is None:
             assert self.alive, "an empty arena has room for whatever can ever fit"
+        else:
+            self.note(region)
+
+    def allocate_beyond(self, nbytes: int) -> None:
+        if -(-(nbytes + HEADER_BYTES) // GRAIN_BYTES) * GRAIN_BYTES > self.limit_bytes:
             return
+        try:
+            self.beyond = True
+            region = self.arena.allocate(nbytes, "user", beyond=True)
+        except CollectiveError:
+            assert self.alive, "an empty arena has room for whatever can ever fit"
+            return
+        if region is None:
+            assert any(not expected.owned for expected in self.alive)
+        else:
+            self.note(region)
+
+    def note(self, region: Region) -> None:
         assert region.generation not in self.generations
         self.generations.add(region.generation)
         self.allocated += 1
@@ -95,7 +117,9 @@ class Oracle:
             assert self.arena.find(expected.region.generation) is expected.region
             assert expected.region.segment not in self.retired
             expected.check()
-        assert self.arena.segment_bytes <= self.limit_bytes
+        if self.arena.segment_bytes > self.limit_bytes:
+            assert self.beyond
+            assert self.arena.segment_bytes <= HARD * self.limit_bytes
         self.arena.validate()
 
 
@@ -103,7 +127,7 @@ class Oracle:
 @settings(max_examples=150, deadline=None)
 def test_regions_never_overlap_and_everything_comes_back(limit_grains: int, steps: list[tuple[object, ...]]) -> None:
     retired: list[int] = []
-    arena = Arena(limit_grains * GRAIN_BYTES, retired.append)
+    arena = Arena(limit_grains * GRAIN_BYTES, retired.append, hard_limit_bytes=HARD * limit_grains * GRAIN_BYTES)
     oracle = Oracle(arena=arena, limit_bytes=limit_grains * GRAIN_BYTES, retired=retired)
     for name, *arguments in steps:
         getattr(oracle, str(name))(*arguments)
@@ -114,6 +138,7 @@ def test_regions_never_overlap_and_everything_comes_back(limit_grains: int, step
         if expected.owned:
             arena.release_owner(expected.region)
     assert arena.used_bytes == 0
+    assert arena.segment_bytes <= oracle.limit_bytes
     arena.validate()
     arena.trim()
     assert arena.segment_bytes == 0

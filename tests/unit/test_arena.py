@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from elastic_run.collectives.arena import GRAIN_BYTES, REGIONS_MAX, Arena, Region
+from elastic_run.collectives.errors import CollectiveError
 from elastic_run.collectives.peer_segments import PeerSegments
 from elastic_run.collectives.segment import HEADER_BYTES, SEALS_REQUIRED, SEGMENTS_MAX
 from elastic_run.runtime.protocol.errors import CodecError, InvariantViolated
@@ -437,3 +438,45 @@ def test_segments_too_small_or_with_huge_pages_are_refused(reader: PeerSegments)
     fcntl.fcntl(huge, fcntl.F_ADD_SEALS, SEALS_REQUIRED)
     with pytest.raises(CodecError, match="huge pages"):
         reader.add(1, huge, 4 << 20)
+
+
+def test_who_must_not_wait_gets_memory_beyond_the_limit_up_to_the_hard_one() -> None:
+    retired: list[int] = []
+    arena = Arena(4 * MIB, retired.append, hard_limit_bytes=10 * MIB)
+    first = take(arena, 3 * MIB)
+    assert arena.allocate(3 * MIB) is None
+    extra = arena.allocate(3 * MIB, beyond=True)
+    assert extra is not None
+    assert arena.segment_bytes > 4 * MIB
+    with pytest.raises(CollectiveError, match="peers map no more"):
+        arena.allocate(4 * MIB - GRAIN_BYTES, beyond=True)
+    arena.validate()
+    arena.release_owner(extra)
+    assert retired == [extra.segment]
+    assert arena.segment_bytes <= 4 * MIB
+    assert arena.find(first.generation) is first
+    arena.close()
+
+
+def test_memory_beyond_the_limit_is_for_nobody_else() -> None:
+    arena = Arena(4 * MIB, hard_limit_bytes=16 * MIB)
+    regions = [take(arena, 3 * MIB), arena.allocate(2 * MIB + MIB // 2, beyond=True)]
+    assert all(regions)
+    assert arena.segment_bytes - arena.used_bytes > MIB // 2
+    assert arena.allocate(MIB // 2) is None
+    arena.release_owner(regions[0])
+    assert arena.allocate(MIB // 2) is not None
+    arena.close()
+
+
+def test_whoever_gave_up_what_is_still_read_has_to_wait() -> None:
+    arena = Arena(4 * MIB, hard_limit_bytes=16 * MIB)
+    region = arena.allocate(3 * MIB, "one")
+    assert region is not None
+    arena.hold(region, "reader")
+    arena.release_owner(region)
+    assert arena.allocate(3 * MIB, "one", beyond=True) is None
+    assert arena.allocate(3 * MIB, "two", beyond=True) is not None
+    arena.release(region, "reader")
+    assert arena.allocate(3 * MIB, "one", beyond=True) is not None
+    arena.close()
