@@ -85,6 +85,8 @@ class Connections(ABC):
         self._held: deque[Item] = deque()  # waits until the peer is in our view
         self._bulk: deque[Send] = deque()
         self._ungranted: dict[Key, Send] = {}
+        self._untaken_bytes = 0  # of small point-to-point messages, as far as the peer has told
+        self._taken_bytes = 0  # received from the peer and not told yet
         self._grants: set[Key] = set()
         self._segments: PeerSegments | None = None
         self._segments_sent: dict[int, Item] = {}
@@ -201,6 +203,7 @@ class Connections(ABC):
         self._bulk.clear()
         self._ungranted.clear()
         self._grants.clear()
+        self._untaken_bytes = self._taken_bytes = 0
 
     def clear_group(self, group: int) -> None:
         """Forget what came for a group that is over."""

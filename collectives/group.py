@@ -85,6 +85,10 @@ class Group:
         if method is None:
             nbytes = data.numel() * data.element_size()
             method = selection.choose_all_reduce(nbytes, self.layout, self.mesh.options, widened=wide is not data.dtype)
+        elif method in selection.ONE_HOST and not self.layout.one_host:
+            raise ValueError(
+                f"{method} goes through shared memory, and the members of {self.name!r} are on several hosts"
+            )
         algorithm = algorithms.ALL_REDUCE[method]
         signature = sign("all_reduce", data, reduction=reduction, method=method)
         return self._start(signature, lambda io: _then(algorithm(io, data, reduction), packed.unpack), timeout_s, sync)

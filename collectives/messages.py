@@ -18,6 +18,8 @@ EAGER_BYTES_MAX = 32 << 10
 """Larger messages wait for a grant: half a round trip against one copy of the bytes."""
 UNEXPECTED_BYTES_MAX = 64 << 20
 """Of one peer. Who sends more unasked is disconnected: to stop reading could stop two honest members for good."""
+UNTAKEN_BYTES_MAX = 16 << 20
+"""Small point-to-point messages sent to one peer and not received by it. More are offered, as large ones are."""
 KEPT_OVERHEAD_BYTES = 512
 """What a kept message takes besides its bytes: with it one bound does for large and for empty ones."""
 PIECES_MAX = 4096

@@ -15,7 +15,15 @@ from torch import Tensor
 from elastic_run.collectives import wire
 from elastic_run.collectives.errors import CollectiveAborted, CollectiveMismatch
 from elastic_run.collectives.memory import tensor_of
-from elastic_run.collectives.messages import EAGER_BYTES_MAX, Arrived, Fetch, Key, Queue, Receive
+from elastic_run.collectives.messages import (
+    EAGER_BYTES_MAX,
+    UNTAKEN_BYTES_MAX,
+    Arrived,
+    Fetch,
+    Key,
+    Queue,
+    Receive,
+)
 from elastic_run.collectives.outbound import Item
 from elastic_run.collectives.peer_segments import PeerSegments
 from elastic_run.collectives.sending import Sending
@@ -128,8 +136,6 @@ class Peer(Sending):
             return None
         if header.total <= EAGER_BYTES_MAX and header.length != header.total:
             raise FrameError(f"{self.worker} sent a small message in pieces")
-        if header.slot & POINT_TO_POINT and header.total <= EAGER_BYTES_MAX:
-            return memoryview(bytearray(header.length))
         key = Key(header.group, header.sequence, header.slot)
         posted = self.inbox.posted.get(key)
         if isinstance(posted, Receive):
@@ -146,10 +152,10 @@ class Peer(Sending):
         if not valid or self._stale(header):
             return
         key = Key(header.group, header.sequence, header.slot)
-        if header.slot & POINT_TO_POINT and header.total <= EAGER_BYTES_MAX:
+        posted = self.inbox.posted.get(key)
+        if posted is None and header.slot & POINT_TO_POINT and header.total <= EAGER_BYTES_MAX:
             self._queue_up(key, Arrived(header.check, header.total, data=bytearray(target)))
             return
-        posted = self.inbox.posted.get(key)
         if isinstance(posted, Receive):
             if target.obj is not posted.buffer.obj:  # it came before it was waited for
                 if not self._agrees(posted, key, header.check, header.total):
@@ -211,8 +217,8 @@ class Peer(Sending):
     def _on_offer(self, header: Header, _payload: memoryview) -> None:
         if self._stale(header):
             return
-        if not header.slot & POINT_TO_POINT or header.total <= EAGER_BYTES_MAX:
-            raise FrameError("only large point-to-point messages are offered")
+        if not header.slot & POINT_TO_POINT or not header.total:
+            raise FrameError("only point-to-point messages with content are offered")
         self._queue_up(Key(header.group, header.sequence, header.slot), Arrived(header.check, header.total))
 
     def _on_staged(self, header: Header, payload: memoryview) -> None:
@@ -299,6 +305,8 @@ class Peer(Sending):
             key = Key(receive.key.group, queue.next_sequence, receive.key.slot)
             queue.next_sequence += 1
             self.inbox.kept_bytes -= arrived.kept_bytes
+            if arrived.data:
+                self._took(arrived.kept_bytes)
             for other in receive.on_match or ():
                 if other is not queue and receive in other.waiting:
                     other.waiting.remove(receive)
@@ -312,6 +320,18 @@ class Peer(Sending):
                 self.inbox.posted[key] = receive
                 self._grant(key, arrived.total)
 
+    def _took(self, nbytes: int) -> None:
+        """Tell the peer now and then how much of its small messages was received: it may send as much again."""
+        self._taken_bytes += nbytes
+        if self._taken_bytes >= UNTAKEN_BYTES_MAX // 4:
+            header = Header(Kind.TAKEN, view=self._mesh.view_number, total=self._taken_bytes)
+            self._taken_bytes = 0
+            self._gated(Item([wire.pack(header)]))
+
+    def _on_taken(self, header: Header, _payload: memoryview) -> None:
+        if not self._stale(header):
+            self._untaken_bytes = max(0, self._untaken_bytes - header.total)
+
 
 _FRAMES: dict[Kind, Callable[[Peer, Header, memoryview], None]] = {
     Kind.GRANT: Peer._on_grant,
@@ -321,4 +341,5 @@ _FRAMES: dict[Kind, Callable[[Peer, Header, memoryview], None]] = {
     Kind.ABORT: Peer._on_abort,
     Kind.VIEW: Peer._on_view,
     Kind.BYE: Peer._on_bye,
+    Kind.TAKEN: Peer._on_taken,
 }

@@ -25,6 +25,10 @@ class Method(enum.StrEnum):
     HIERARCHICAL = "hierarchical"  # within each host first, then between hosts
 
 
+ONE_HOST = frozenset({Method.SHARED, Method.SHARED_ONCE})
+"""Work only where all members share memory."""
+
+
 class Form(enum.StrEnum):
     """How the operations are done that are no all-reduce and no exchange of all with all."""
 

@@ -10,7 +10,7 @@ from elastic_run.collectives.arena import Region
 from elastic_run.collectives.connections import Connections
 from elastic_run.collectives.errors import CollectiveAborted, CollectiveError
 from elastic_run.collectives.memory import copy
-from elastic_run.collectives.messages import EAGER_BYTES_MAX, Key, Send
+from elastic_run.collectives.messages import EAGER_BYTES_MAX, KEPT_OVERHEAD_BYTES, UNTAKEN_BYTES_MAX, Key, Send
 from elastic_run.collectives.outbound import Item, round_trip_s
 from elastic_run.collectives.wire import POINT_TO_POINT, Header, Kind, RegionRef
 
@@ -28,7 +28,7 @@ class Sending(Connections):
         """Begin a message of the present view. Raises CollectiveAborted when the peer is gone."""
         self._check_up()
         key, total = send.key, len(send.buffer)
-        if total <= EAGER_BYTES_MAX:
+        if total <= EAGER_BYTES_MAX and self._may_go_at_once(key, total):
             header = wire.pack(self._header(Kind.DATA, key, send.check, total, length=total))
             self._gated(Item([b"".join((header, send.buffer, wire.VALID))]))
             send.unsent = 0
@@ -43,6 +43,15 @@ class Sending(Connections):
             self._gated(Item([wire.pack(self._header(Kind.OFFER, key, send.check, total))]))
         else:
             self.open()
+
+    def _may_go_at_once(self, key: Key, total: int) -> bool:
+        """Say whether the peer will keep a small message until it is received, and count it."""
+        if not key.slot & POINT_TO_POINT or not total:
+            return True
+        if self._untaken_bytes + total + KEPT_OVERHEAD_BYTES > UNTAKEN_BYTES_MAX:
+            return False
+        self._untaken_bytes += total + KEPT_OVERHEAD_BYTES
+        return True
 
     def publish(self, key: Key, check: int, region: Region) -> None:
         """Tell the peer of a region of this worker's shared memory; the peer releases it. Raises CollectiveAborted."""

@@ -43,6 +43,7 @@ class Kind(enum.IntEnum):
     ABORT = 7  # the sender gave up a group in this view; payload: culprit and reason
     VIEW = 8  # the sender has installed this view
     BYE = 9  # the sender closes on purpose; payload: reason
+    TAKEN = 10  # so many bytes of small point-to-point messages were received since it was last said
 
 
 class Header(NamedTuple):
@@ -79,6 +80,7 @@ _PAYLOAD_MAX = {
     Kind.ABORT: TEXT_BYTES_MAX,
     Kind.VIEW: 0,
     Kind.BYE: TEXT_BYTES_MAX,
+    Kind.TAKEN: 0,
 }
 _KINDS = {int(kind): kind for kind in Kind}
 

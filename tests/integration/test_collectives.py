@@ -271,3 +271,33 @@ def test_a_member_that_dies_before_it_began_is_named() -> None:
             assert crew.hear(rank) == "ready"
         crew.signal(1)
         assert crew.result(0) == "w1"
+
+
+def many_small_messages(site: Site) -> None:
+    """Send far more than the other keeps, before it begins to receive: it must not matter, nor come out of order."""
+    group = site.install(1)
+    count, numel = 3000, 8192
+    if group.rank == 0:
+        running = [group.send(torch.full((numel,), float(number)), 1, tag=number % 2) for number in range(count)]
+        group.barrier().wait(WAIT_S)
+        settle(running)
+    else:
+        group.barrier().wait(WAIT_S)
+        value = torch.empty(numel)
+        for parity in (1, 0):
+            for number in range(parity, count, 2):
+                group.receive(value, 0, tag=parity).wait(WAIT_S)
+                assert bool((value == number).all())
+
+
+@TRANSPORTS
+def test_more_small_messages_than_are_kept(options: MeshOptions) -> None:
+    run(2, many_small_messages, options)
+
+
+def test_shared_memory_is_refused_where_there_is_none() -> None:
+    options = MeshOptions(shared_memory=False)
+    with meshes(2, options) as members:
+        for group in together(members):
+            with pytest.raises(ValueError, match="on several hosts"):
+                group.all_reduce([torch.ones(4)], method=Method.SHARED)
