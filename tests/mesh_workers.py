@@ -6,6 +6,7 @@ torch is imported once, here, before the fork.
 """
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import signal
@@ -175,6 +176,8 @@ def meshes(size: int, options: MeshOptions | None = None) -> Iterator[list[Mesh]
 def _work(
     rank: int, program: Program, options: MeshOptions | None, pipe: Connection, inherited: list[Connection]
 ) -> None:
+    # What the test's process had is not this one's to finalise: gRPC's objects crash a forked child that does.
+    gc.freeze()
     for other in inherited:
         other.close()
     torch.set_num_threads(1)
