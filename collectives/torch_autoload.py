@@ -1,8 +1,9 @@
 """Makes the name "elastic" known to torch, and imports the backend when it is first asked for.
 
-torch calls `register` itself at `import torch` when the package is installed (entry point group `torch.backends`), so
-`init_process_group("elastic")` needs no import of ours. It runs in every program that imports torch: it costs one
-small import and cannot fail for want of anything that is not torch's.
+Workers of elastic-run call `register` when torch.distributed is imported, so `init_process_group("elastic")` needs no
+import of ours there; elsewhere `import elastic_run.collectives.torch_backend` does it. It is written to serve as an
+entry point of the group `torch.backends` too; the package declares none, because torch would then load it in every
+program, and a user's own file named elastic_run.py would break `import torch`.
 """
 
 from typing import Any

@@ -96,9 +96,16 @@ def _attach(given: dict[str, str], error_file: str | None) -> WorkerSession:
     # The agent answers while this process goes on with its own part.
     _trace_crashes()
     when_imported("torch.optim.optimizer", lambda module: _count_steps(module, telemetry, link, view))
+    when_imported("torch.distributed", lambda _module: _register_backend())
     view = link.welcome()
     telemetry.set_view(view)
     return WorkerSession(telemetry, link, error_file)
+
+
+def _register_backend() -> None:
+    from elastic_run.collectives.torch_autoload import register
+
+    register()
 
 
 def _count_steps(module: ModuleType, telemetry: TelemetryWriter, link: WorkerLink, view: int) -> None:
