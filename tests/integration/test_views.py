@@ -123,7 +123,7 @@ def test_a_worker_that_is_left_out_is_told_so(options: MeshOptions) -> None:
         waiting = groups[2].all_reduce([torch.ones(10)])
         all_reduce(install(2, one, two))
         # The farewell, or the news that came just before it: both say which view ended this one.
-        with pytest.raises(CollectiveAborted, match="left out of view 2|is in view 2 already") as caught:
+        with pytest.raises(CollectiveAborted, match=r"left out of view 2|is in view 2 already") as caught:
             waiting.wait(WAIT_S)
         assert caught.value.culprit is None
 
