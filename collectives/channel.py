@@ -6,6 +6,7 @@ Engine thread only. Not here: the algorithms (algorithms/); matching and sockets
 
 import time
 from collections import deque
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -50,7 +51,6 @@ class Channel:
         self._receives: list[tuple[Peer, Receive | Fetch]] = []
         self._regions: list[Region] = []
         self._blocks: list[torch.Tensor] = []
-        self._fetched: list[tuple[Peer, Fetch]] = []
 
     @property
     def others(self) -> list[int]:
@@ -64,9 +64,6 @@ class Channel:
     @property
     def options(self) -> "MeshOptions":
         return self._group.mesh.options
-
-    def shares_memory(self, rank: int) -> bool:
-        return self._group.peer(rank).local
 
     # Messages --------------------------------------------------------------------------------------------------------
 
@@ -117,28 +114,27 @@ class Channel:
 
     # Shared memory ---------------------------------------------------------------------------------------------------
 
-    def allocate(self, nbytes: int) -> Region | None:
-        """Return shared memory of this worker, the operation's until its end; None: none is free now.
+    def allocate(self, nbytes: int) -> Generator[Sequence[Pending], None, Region]:
+        """Return shared memory of this worker, the operation's until its end, once there is some.
 
         Groups may run their operations in different orders on different members, so two operations could each hold
         memory here and wait for the other's there. Hence the oldest operation of a group never waits behind others: in
         every group the one that is oldest everywhere gets on. It waits only while members read what older ones left.
         Raises CollectiveError when such operations together come to the hard limit.
         """
-        beyond = self._group.is_oldest(self)
-        region = self._group.mesh.arena.allocate(nbytes, self._group.identity, beyond=beyond)
-        if region is not None:
-            self._regions.append(region)
-        return region
+        mesh = self._group.mesh
+        while True:
+            beyond = self._group.is_oldest(self)
+            region = mesh.arena.allocate(nbytes, self._group.identity, beyond=beyond)
+            if region is not None:
+                self._regions.append(region)
+                return region
+            yield [mesh.when_memory_freed()]
 
     def release(self, region: Region) -> None:
         """Give a published region up early: its memory is free when those it was shown to have given it back."""
         self._regions.remove(region)
         self._group.mesh.arena.release_owner(region)
-
-    def memory(self) -> Pending:
-        """Return a pending that is done when some memory has become free, or this operation may be the oldest."""
-        return self._group.mesh.when_memory_freed()
 
     def publish(self, rank: int, slot: int, region: Region) -> None:
         """Let a member of the same host read the region."""

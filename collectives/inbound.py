@@ -74,7 +74,6 @@ class Inbound:
         self._target: memoryview | None = None  # of the DATA frame under way; None: dropped
         self._left = 0  # payload bytes still to come
         self._crowded = False  # the input was filled to its end
-        self.received_bytes = 0
         self._timer: int | None = engine.after(HANDSHAKE_TIMEOUT_S, self._too_late)
         engine.register(sock.fileno(), select.EPOLLIN | select.EPOLLRDHUP, self._on_event)
 
@@ -121,7 +120,6 @@ class Inbound:
                     self._fail("connection closed by the peer")
                     return False
                 budget -= received
-                self.received_bytes += received
                 self._digest()
             return True
         except BlockingIOError:

@@ -35,7 +35,7 @@ class Key(NamedTuple):
 class Send(Pending):
     """A message that leaves; done when its last byte was handed to the transport."""
 
-    __slots__ = ("buffer", "cancelled", "check", "granted", "keep", "key", "next_offset", "unsent")
+    __slots__ = ("buffer", "check", "keep", "key", "next_offset", "unsent")
 
     def __init__(self, peer: str, key: Key, check: int, buffer: memoryview, keep: object) -> None:
         super().__init__(peer)
@@ -46,14 +46,12 @@ class Send(Pending):
         """What owns the buffer's memory."""
         self.next_offset = 0  # first byte that no chunk has taken
         self.unsent = len(buffer)
-        self.granted = False
-        self.cancelled = False
 
 
 class Receive(Pending):
     """A message waited for, received in place; done when its last byte is there."""
 
-    __slots__ = ("buffer", "cancelled", "check", "key", "missing", "on_match", "pieces", "sequence", "source")
+    __slots__ = ("buffer", "check", "key", "missing", "on_match", "pieces", "source")
 
     def __init__(self, peer: str, key: Key, check: int, buffer: memoryview) -> None:
         super().__init__(peer)
@@ -63,9 +61,7 @@ class Receive(Pending):
         self.missing = len(buffer)
         self.pieces: list[tuple[int, int]] = []
         """Where its bytes came or are coming, `[start, stop)`: ascending, no two touch."""
-        self.cancelled = False
         self.source: str | None = None
-        self.sequence = key.sequence
         self.on_match: deque[Queue] | None = None
         """Point-to-point from any source: the queues in which it waits."""
 

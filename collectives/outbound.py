@@ -78,7 +78,6 @@ class Outbound:
         self._ending = False  # nothing is sent any more but the rest of `_last`
         self._writing = True
         self.ready = False
-        self.sent_bytes = 0
         self.blocked_since_ns = 0
         self.blocked_ns = 0
         """Time in which there was something to send and the socket took nothing."""
@@ -148,7 +147,6 @@ class Outbound:
                         break
                 sent = self._send(self._item)
                 budget -= sent
-                self.sent_bytes += sent
         except BlockingIOError:
             if not self.blocked_since_ns:
                 self.blocked_since_ns = time.monotonic_ns()

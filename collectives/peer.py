@@ -91,7 +91,6 @@ class Peer(Sending):
         if self.inbox.posted.get(receive.key) is receive:
             del self.inbox.posted[receive.key]
         if isinstance(receive, Receive):
-            receive.cancelled = True
             if receive.key.slot & POINT_TO_POINT:
                 queue = self.inbox.queues.get((receive.key.group, receive.key.slot))
                 if queue is not None and receive in queue.waiting:

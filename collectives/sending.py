@@ -64,7 +64,6 @@ class Sending(Connections):
 
     def cancel(self, send: Send) -> None:
         """Send no more of it; what is half out is finished as void."""
-        send.cancelled = True
         self._ungranted.pop(send.key, None)
         if send in self._bulk:
             self._bulk.remove(send)
@@ -83,7 +82,6 @@ class Sending(Connections):
         return Header(kind, self._mesh.view_number, key.group, key.sequence, key.slot, check, total, offset, length)
 
     def _start_bulk(self, send: Send) -> None:
-        send.granted = True
         self._bulk.append(send)
         if self.local:
             self.stage_bulk()

@@ -8,7 +8,7 @@ All members reduce the same values in the same order, so results are bit-equal o
 import torch
 from torch import Tensor
 
-from elastic_run.collectives.algorithms.arithmetic import reduce_into
+from elastic_run.collectives.algorithms.arithmetic import reduce_parts
 from elastic_run.collectives.channel import Channel
 from elastic_run.collectives.operation import Algorithm
 from elastic_run.collectives.reduction import Reduction
@@ -19,7 +19,7 @@ def all_reduce(io: Channel, data: Tensor, reduction: Reduction) -> Algorithm:
     sends = [io.send(rank, 0, data) for rank in io.others]
     parts = [data if rank == io.rank else io.scratch(data.numel(), data.dtype) for rank in range(io.size)]
     yield [*sends, *(io.receive(rank, 0, parts[rank]) for rank in io.others)]
-    reduce_into(data, parts, reduction)
+    reduce_parts(data, parts, reduction)
 
 
 def barrier(io: Channel) -> Algorithm:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from elastic_run.collectives.algorithms.arithmetic import combine_parts
 from elastic_run.collectives.algorithms.chunks import shares_of
-from elastic_run.collectives.arena import Region
 from elastic_run.collectives.channel import Channel
 from elastic_run.collectives.messages import Fetch
 from elastic_run.collectives.operation import Algorithm
@@ -49,10 +48,7 @@ def all_reduce(io: Channel, data: Tensor, reduction: Reduction) -> Algorithm:
     mates = [rank for rank in hosts.members[here] if rank != io.rank]
     shares = shares_of(data.numel(), data.element_size(), hosts.slices)
     owned = hosts.owned_by(here, io.rank)
-    region: Region | None = io.allocate(data.numel() * data.element_size())
-    while region is None:
-        yield [io.memory()]
-        region = io.allocate(data.numel() * data.element_size())
+    region = yield from io.allocate(data.numel() * data.element_size())
     mine = region.tensor.view(data.dtype)
     mine.copy_(data)
     for rank in mates:

@@ -13,7 +13,6 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from elastic_run.collectives.arena import Region
 from elastic_run.collectives.channel import Channel
 from elastic_run.collectives.operation import Algorithm
 from elastic_run.collectives.partition import slices
@@ -66,10 +65,7 @@ def _shared(
     io: Channel, data: Tensor, codes: Tensor, shares: list[slice], places: list[slice], reduction: Reduction
 ) -> Algorithm:
     """Bring the encoded result to `codes` through shared memory: parts for others, then the own slice's result."""
-    region: Region | None = io.allocate(codes.numel())
-    while region is None:
-        yield [io.memory()]
-        region = io.allocate(codes.numel())
+    region = yield from io.allocate(codes.numel())
     for rank in io.others:
         _encode(data[shares[rank]], region.tensor[places[rank]])
         io.publish(rank, PARTS, region)

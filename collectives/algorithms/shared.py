@@ -6,36 +6,30 @@ slice of the value is overwritten last, when nothing can fail any more.
 Source: the direct shared-memory scheme; per member one copy in, one reduction, one copy out.
 """
 
+from collections.abc import Generator, Sequence
+
 import torch
 from torch import Tensor
 
-from elastic_run.collectives.algorithms.arithmetic import reduce_into, reduce_parts
-from elastic_run.collectives.arena import Region
+from elastic_run.collectives.algorithms.arithmetic import reduce_parts
+from elastic_run.collectives.algorithms.chunks import shares_of
 from elastic_run.collectives.channel import Channel
+from elastic_run.collectives.messages import Fetch
 from elastic_run.collectives.native import copy_through
 from elastic_run.collectives.operation import Algorithm
-from elastic_run.collectives.partition import slices
+from elastic_run.collectives.pending import Pending
 from elastic_run.collectives.reduction import Reduction
 
 STAGED, REDUCED = 0, 1  # slots
-ALIGN_BYTES = 64
 
 
 def all_reduce_once(io: Channel, data: Tensor, reduction: Reduction) -> Algorithm:
     """The same in one step, for fewer members or bytes: everybody reads everything and reduces it for itself."""
-    region: Region | None = io.allocate(data.numel() * data.element_size())
-    while region is None:
-        yield [io.memory()]
-        region = io.allocate(data.numel() * data.element_size())
-    mine = region.tensor.view(data.dtype)
-    mine.copy_(data)
-    for rank in io.others:
-        io.publish(rank, STAGED, region)
-    fetches = {rank: io.fetch(rank, STAGED, region.nbytes) for rank in io.others}
+    mine, fetches = yield from stage(io, data, [slice(None)])
     yield list(fetches.values())
     theirs = {rank: io.view(rank, fetch).view(data.dtype) for rank, fetch in fetches.items()}
     try:
-        reduce_into(data, [data if rank == io.rank else theirs[rank] for rank in range(io.size)], reduction)
+        reduce_parts(data, [data if rank == io.rank else theirs[rank] for rank in range(io.size)], reduction)
         for rank, fetch in fetches.items():
             io.give_back(rank, fetch)
     except Exception:
@@ -45,13 +39,9 @@ def all_reduce_once(io: Channel, data: Tensor, reduction: Reduction) -> Algorith
 
 def all_reduce(io: Channel, data: Tensor, reduction: Reduction) -> Algorithm:
     """Reduce `data` (one-dimensional, contiguous) over all members, in place."""
-    nbytes = data.numel() * data.element_size()
-    region: Region | None = io.allocate(nbytes)
-    while region is None:
-        yield [io.memory()]
-        region = io.allocate(nbytes)
+    region = yield from io.allocate(data.numel() * data.element_size())
     mine = region.tensor.view(data.dtype)
-    shares = [slice(*bounds) for bounds in slices(data.numel(), io.size, ALIGN_BYTES // data.element_size() or 1)]
+    shares = shares_of(data.numel(), data.element_size(), io.size)
     for rank in io.others:
         copy_through(mine[shares[rank]], data[shares[rank]])
         io.publish(rank, STAGED, region)
@@ -75,3 +65,19 @@ def all_reduce(io: Channel, data: Tensor, reduction: Reduction) -> Algorithm:
             data[shares[rank]].copy_(mine[shares[rank]])
         raise
     copy_through(data[own], mine[own])
+
+
+def stage(
+    io: Channel, data: Tensor, places: Sequence[slice]
+) -> Generator[Sequence[Pending], None, tuple[Tensor, dict[int, Fetch]]]:
+    """Show `places` of the data to everybody, and ask for everybody's: return what is shown, and the fetches by rank.
+
+    What is shown lies in shared memory and has the data's shape.
+    """
+    region = yield from io.allocate(data.numel() * data.element_size())
+    mine = region.tensor.view(data.dtype)
+    for place in places:
+        mine[place].copy_(data[place])
+    for rank in io.others:
+        io.publish(rank, STAGED, region)
+    return mine, {rank: io.fetch(rank, STAGED, region.nbytes) for rank in io.others}

@@ -5,14 +5,12 @@ A member waits for memory only while it holds none, or while those it waits for 
 Not here: all-reduce (shared.py).
 """
 
-from collections.abc import Generator, Sequence
-
 import torch
 from torch import Tensor
 
 from elastic_run.collectives.algorithms.arithmetic import reduce_parts
 from elastic_run.collectives.algorithms.chunks import Saved, shares_of
-from elastic_run.collectives.arena import Region
+from elastic_run.collectives.algorithms.shared import REDUCED, stage
 from elastic_run.collectives.channel import Channel
 from elastic_run.collectives.messages import Fetch
 from elastic_run.collectives.operation import Algorithm
@@ -20,21 +18,20 @@ from elastic_run.collectives.partition import slices
 from elastic_run.collectives.pending import Pending
 from elastic_run.collectives.reduction import Reduction
 
-STAGED, REDUCED = 0, 1  # slots; a broadcast's pieces count from 0
 PIECE_BYTES = 4 << 20
 """Of a broadcast: one is read while the next is staged."""
 
 
 def broadcast(io: Channel, data: Tensor, root: int) -> Algorithm:
-    """Copy the root's `data` to every member, piece by piece; an interruption leaves the others' as they were."""
+    """Copy the root's `data` to every member, piece by piece; an interruption leaves the others' as they were.
+
+    A piece's slot is its number.
+    """
     pieces = -(-data.numel() * data.element_size() // PIECE_BYTES)
     places = [slice(*bounds) for bounds in slices(data.numel(), max(1, pieces))]
     if io.rank == root:
         for number, place in enumerate(places):
-            region: Region | None = io.allocate(data[place].numel() * data.element_size())
-            while region is None:
-                yield [io.memory()]
-                region = io.allocate(data[place].numel() * data.element_size())
+            region = yield from io.allocate(data[place].numel() * data.element_size())
             region.tensor.view(data.dtype).copy_(data[place])
             for rank in io.others:
                 io.publish(rank, number, region)
@@ -55,8 +52,7 @@ def broadcast(io: Channel, data: Tensor, root: int) -> Algorithm:
 def all_gather(io: Channel, output: Tensor, data: Tensor) -> Algorithm:
     """Put every member's `data` into `output`, by rank."""
     places = output.view(io.size, -1)
-    fetches: dict[int, Fetch] = {}
-    yield from _stage(io, data, [slice(0, data.numel())], fetches)
+    _, fetches = yield from stage(io, data, [slice(None)])
     yield list(fetches.values())
     for rank, fetch in fetches.items():
         places[rank].copy_(io.view(rank, fetch).view(data.dtype))
@@ -68,8 +64,7 @@ def reduce_scatter(io: Channel, output: Tensor, data: Tensor, reduction: Reducti
     """Reduce this member's row of everybody's `data` into `output`, which may be that row."""
     rows = output.numel()
     shares = [slice(rank * rows, (rank + 1) * rows) for rank in range(io.size)]
-    fetches: dict[int, Fetch] = {}
-    yield from _stage(io, data, [shares[rank] for rank in io.others], fetches)
+    _, fetches = yield from stage(io, data, [shares[rank] for rank in io.others])
     yield list(fetches.values())
     result = io.scratch(rows, data.dtype)
     reduce_parts(result, _parts(io, data, fetches, shares[io.rank]), reduction)
@@ -82,12 +77,10 @@ def reduce(io: Channel, data: Tensor, root: int, reduction: Reduction) -> Algori
     """Reduce everybody's `data` into the root's: each member reduces its share, the root reads them."""
     shares = shares_of(data.numel(), data.element_size(), io.size)
     own = shares[io.rank]
-    fetches: dict[int, Fetch] = {}
-    region = yield from _stage(io, data, [shares[rank] for rank in io.others], fetches)
+    mine, fetches = yield from stage(io, data, [shares[rank] for rank in io.others])
     nothing = torch.empty(0, dtype=torch.uint8)
     ends: list[Pending] = [io.receive(rank, REDUCED, nothing) for rank in io.others] if io.rank == root else []
     yield list(fetches.values())
-    mine = region.tensor.view(data.dtype)
     reduce_parts(mine[own], _parts(io, data, fetches, own), reduction)
     if io.rank == root:
         result = io.scratch(data.numel(), data.dtype)
@@ -101,24 +94,6 @@ def reduce(io: Channel, data: Tensor, root: int, reduction: Reduction) -> Algori
         data.copy_(result)
     else:
         yield [io.send(root, REDUCED, nothing)]
-
-
-def _stage(
-    io: Channel, data: Tensor, places: Sequence[slice], fetches: dict[int, Fetch]
-) -> Generator[Sequence[Pending], None, Region]:
-    """Show `places` of the data to everybody, in a region of the data's shape, and ask for everybody's."""
-    nbytes = data.numel() * data.element_size()
-    region: Region | None = io.allocate(nbytes)
-    while region is None:
-        yield [io.memory()]
-        region = io.allocate(nbytes)
-    mine = region.tensor.view(data.dtype)
-    for place in places:
-        mine[place].copy_(data[place])
-    for rank in io.others:
-        io.publish(rank, STAGED, region)
-    fetches.update({rank: io.fetch(rank, STAGED, nbytes) for rank in io.others})
-    return region
 
 
 def _parts(io: Channel, data: Tensor, fetches: dict[int, Fetch], place: slice) -> list[Tensor]:

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from elastic_run.collectives import exact
 from elastic_run.collectives.algorithms.arithmetic import PIECE_BYTES
-from elastic_run.collectives.arena import Region
 from elastic_run.collectives.channel import Channel
 from elastic_run.collectives.dyadic import Block
 from elastic_run.collectives.errors import CollectiveMismatch
@@ -131,10 +130,7 @@ def _shared(io: Channel, work: Exact, placement: Placement | None, *, whole: boo
     shares = _shares(work, io.size)
     header = -(-work.world // ALIGN_BYTES) * ALIGN_BYTES
     nbytes = header + max(_extent(work, blocks), _result_stop(work, blocks, shares[io.rank]))
-    region: Region | None = io.allocate(nbytes)
-    while region is None:
-        yield [io.memory()]
-        region = io.allocate(nbytes)
+    region = yield from io.allocate(nbytes)
     region.tensor[: work.world].copy_(exact.to_bytes(blocks, work.world))
     staged = _views(region.tensor[header:], work, blocks)
     for block, place in staged.items():

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastic_run.collectives import native
-from elastic_run.collectives.algorithms.arithmetic import combine_parts, reduce_into, reduce_parts
+from elastic_run.collectives.algorithms.arithmetic import combine_parts, reduce_parts
 from elastic_run.collectives.reduction import Reduction
 
 built = pytest.mark.skipif(native.kernels is None, reason="the kernels are not built here: no compiler")
@@ -61,7 +61,7 @@ def test_sums_have_torchs_bits(dtype: torch.dtype, parts: int, numel: int, seed:
             out = torch.empty_like(given_parts[0])
             reduce_parts(out, given_parts, reduction)
             into = given_parts[parts - 1].clone()
-            reduce_into(into, [*given_parts[: parts - 1], into], reduction)
+            reduce_parts(into, [*given_parts[: parts - 1], into], reduction)
             total = torch.empty_like(out)
             if dtype is not torch.bfloat16:
                 combine_parts(total, given_parts, reduction)
