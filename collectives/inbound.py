@@ -16,11 +16,11 @@ from typing import Protocol
 
 from elastic_run.collectives import handshake, wire
 from elastic_run.collectives.engine import Engine
+from elastic_run.collectives.guarded_socket import GuardedSocket
 from elastic_run.collectives.handshake import HELLO_BYTES, NONCE_BYTES, PROOF_BYTES, Hello
 from elastic_run.collectives.wire import HEADER_BYTES, FrameError, Header, Kind
 from elastic_run.runtime.protocol.errors import ElasticError
 
-HANDSHAKE_TIMEOUT_S = 5.0
 INPUT_BYTES = 128 << 10  # small frames are read many at a time
 INPUT_BYTES_FIRST = 4 << 10  # of a connection that was never busy: most of a large mesh, and who only knocks
 READ_BYTES = 4 << 20  # read per turn before other connections get theirs
@@ -55,13 +55,12 @@ class Greeter(Protocol):
     def greeting_failed(self, inbound: "Inbound", reason: str) -> None: ...
 
 
-class Inbound:
+class Inbound(GuardedSocket):
     """One connection from a peer. Engine thread only."""
 
     def __init__(self, engine: Engine, greeter: Greeter, sock: socket.socket) -> None:
-        self._engine = engine
+        super().__init__(engine, sock)
         self._greeter = greeter
-        self._sock: socket.socket | None = sock
         self._passes_descriptors = sock.family == socket.AF_UNIX
         self._descriptors: list[int] = []
         self._input = bytearray(INPUT_BYTES_FIRST)
@@ -74,27 +73,14 @@ class Inbound:
         self._target: memoryview | None = None  # of the DATA frame under way; None: dropped
         self._left = 0  # payload bytes still to come
         self._crowded = False  # the input was filled to its end
-        self._timer: int | None = engine.after(HANDSHAKE_TIMEOUT_S, self._too_late)
         engine.register(sock.fileno(), select.EPOLLIN | select.EPOLLRDHUP, self._on_event)
 
     def close(self) -> None:
-        if self._timer is not None:
-            self._engine.cancel(self._timer)
-            self._timer = None
-        if self._sock is not None:
-            self._engine.unregister(self._sock.fileno())
-            self._sock.close()
-            self._sock = None
+        super().close()
         for descriptor in self._descriptors:
             os.close(descriptor)
         self._descriptors.clear()
         self._target = None
-
-    def abandon(self) -> None:
-        """In a forked child: close the descriptor; the epoll it is in belongs to the parent."""
-        if self._sock is not None:
-            self._sock.close()
-            self._sock = None
 
     def forget(self, buffer: memoryview) -> None:
         """Write no more into `buffer`: whoever owned it is gone; the rest of its payload is dropped."""
@@ -259,14 +245,8 @@ class Inbound:
         self._start += PROOF_BYTES
         handshake.check_proof(self._greeter.secret, self._hello, self._nonce, given)
         self._sink = self._greeter.sink_of(self, handshake.unpack_hello(self._hello))
-        if self._timer is not None:
-            self._engine.cancel(self._timer)
-            self._timer = None
+        self._proved()
         return True
-
-    def _too_late(self) -> None:
-        self._timer = None
-        self._fail(f"no handshake within {HANDSHAKE_TIMEOUT_S:g} s")
 
     def _fail(self, reason: str) -> None:
         sink = self._sink

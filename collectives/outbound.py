@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Protocol
 
 from elastic_run.collectives import handshake
 from elastic_run.collectives.engine import Engine
+from elastic_run.collectives.guarded_socket import GuardedSocket
 from elastic_run.collectives.handshake import CHALLENGE_BYTES, Hello
 from elastic_run.collectives.wire import VOID, FrameError
 
 if TYPE_CHECKING:
     from elastic_run.collectives.arena import Region
 
-HANDSHAKE_TIMEOUT_S = 5.0
 SEND_BUFFERS = 48  # of one sendmsg; IOV_MAX is 1024
 PUMP_BYTES = 4 << 20  # written per turn before other connections get theirs
 _READ = select.EPOLLIN | select.EPOLLRDHUP
@@ -61,13 +61,13 @@ class Source(Protocol):
     def lane_lost(self, outbound: "Outbound", reason: str) -> None: ...
 
 
-class Outbound:
+class Outbound(GuardedSocket):
     """One lane to a peer. Engine thread only."""
 
     def __init__(
         self, engine: Engine, source: Source, dial: Callable[[], socket.socket], hello: Hello, secret: bytes
     ) -> None:
-        self._engine = engine
+        super().__init__(engine, None)
         self._source = source
         self._hello = handshake.pack_hello(hello)
         self._secret = secret
@@ -81,8 +81,6 @@ class Outbound:
         self.blocked_since_ns = 0
         self.blocked_ns = 0
         """Time in which there was something to send and the socket took nothing."""
-        self._sock: socket.socket | None = None
-        self._timer: int | None = engine.after(HANDSHAKE_TIMEOUT_S, self._too_late)
         try:
             self._sock = dial()
             engine.register(self._sock.fileno(), _WRITE, self._on_connect)
@@ -94,21 +92,9 @@ class Outbound:
         return self._sock
 
     def close(self) -> None:
-        if self._timer is not None:
-            self._engine.cancel(self._timer)
-            self._timer = None
-        if self._sock is not None:
-            self._engine.unregister(self._sock.fileno())
-            self._sock.close()
-            self._sock = None
+        super().close()
         self.ready = False
         self._item = None
-
-    def abandon(self) -> None:
-        """In a forked child: close the descriptor; the epoll it is in belongs to the parent."""
-        if self._sock is not None:
-            self._sock.close()
-            self._sock = None
 
     def void(self, owner: object) -> None:
         """Have the receiver drop what is half sent of `owner`: its bytes may change from now on."""
@@ -228,9 +214,7 @@ class Outbound:
         except (OSError, FrameError) as error:
             self._fail(f"handshake failed: {error}")
             return
-        if self._timer is not None:
-            self._engine.cancel(self._timer)
-            self._timer = None
+        self._proved()
         fd = self._sock.fileno()
         self._engine.unregister(fd)
         self._engine.register(fd, _READ, self._on_event)
@@ -253,10 +237,6 @@ class Outbound:
             except OSError as error:
                 return f"connection lost: {os.strerror(error.errno or 0)}"
         return "connection closed by the peer"
-
-    def _too_late(self) -> None:
-        self._timer = None
-        self._fail(f"no handshake within {HANDSHAKE_TIMEOUT_S:g} s")
 
     def _fail(self, reason: str) -> None:
         self.close()

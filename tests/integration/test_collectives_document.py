@@ -12,7 +12,7 @@ import pytest
 
 import elastic_run.collectives
 from elastic_run.collectives import handshake, wire
-from elastic_run.collectives.inbound import HANDSHAKE_TIMEOUT_S
+from elastic_run.collectives.guarded_socket import HANDSHAKE_TIMEOUT_S
 from elastic_run.collectives.mesh import STRANGE_PEERS_MAX, STRANGERS_MAX
 from elastic_run.collectives.messages import EAGER_BYTES_MAX, UNEXPECTED_BYTES_MAX
 
