@@ -13,7 +13,7 @@ WORLDS ?= 2000
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-$(STAMP): pyproject.toml constraints.txt tools/set_up.sh
+$(STAMP): pyproject.toml constraints.txt tools/set_up.sh $(wildcard collectives/*.[ch])
 	PYTHON=$(PYTHON) tools/set_up.sh $(VENV)
 	@touch $(STAMP)
 

@@ -6,7 +6,7 @@ Engine thread only. Not here: the algorithms (algorithms/); matching and sockets
 
 import time
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -51,6 +51,8 @@ class Channel:
         self._receives: list[tuple[Peer, Receive | Fetch]] = []
         self._regions: list[Region] = []
         self._blocks: list[torch.Tensor] = []
+        self._turn: Pending | None = None
+        self._unfinished: Callable[[int], bool] | None = None
 
     @property
     def others(self) -> list[int]:
@@ -136,17 +138,17 @@ class Channel:
         self._regions.remove(region)
         self._group.mesh.arena.release_owner(region)
 
-    def publish(self, rank: int, slot: int, region: Region) -> None:
-        """Let a member of the same host read the region."""
+    def publish(self, rank: int, slot: int, region: Region, *, counted: bool = True) -> None:
+        """Let a member of the same host read the region. `counted`: it holds as many bytes of the operation."""
         peer = self._group.peer(rank)
         peer.publish(self._key(slot), self._check, region)
         if self._record is not None:
-            self._record.shows(peer, region.nbytes)
+            self._record.shows(peer, region.nbytes if counted else 0)
 
-    def fetch(self, rank: int, slot: int, nbytes: int | None = None) -> Fetch:
+    def fetch(self, rank: int, slot: int, nbytes: int | None = None, *, counted: bool = True) -> Fetch:
         """Wait for a region that `rank` publishes; with `nbytes` one of another size is a mismatch."""
         peer = self._group.peer(rank)
-        fetch = Fetch(peer.worker, self._key(slot), self._check, nbytes)
+        fetch = Fetch(peer.worker, self._key(slot), self._check, nbytes, counted=counted)
         self._await(peer, fetch)
         peer.fetch(fetch)
         return fetch
@@ -169,6 +171,58 @@ class Channel:
             raise CollectiveAborted("shared memory was taken back while it was read: this worker stood still", self.me)
         peer.release(region)
 
+    # Streams ---------------------------------------------------------------------------------------------------------
+
+    def queue_to_stream(self) -> None:
+        """Take a place in the group's queue, which must be that of its operations: so before anything is waited for."""
+        turns = self._group.streams
+        self._turn = Pending(self.me)
+        turns.append(self._turn)
+        if turns[0] is self._turn:
+            self._turn.finish()
+            self._group.mesh.groups_streaming += 1
+
+    def turn_to_stream(self, unfinished: Callable[[int], bool]) -> Pending:
+        """Return what is done once all older streams of the group have ended: two at once would wait for each other.
+
+        While `unfinished(rank)`, the operation needs that member.
+        """
+        assert self._turn is not None
+        self._unfinished = unfinished
+        return self._turn
+
+    def leave_queue(self) -> None:
+        """The next one of the group may stream."""
+        if self._turn is None:
+            return
+        turns = self._group.streams
+        turns.remove(self._turn)
+        self._unfinished = self._turn = None
+        if turns:
+            turns[0].finish()
+        else:
+            self._group.mesh.groups_streaming -= 1
+
+    def next_turn(self, rank: int) -> Pending:
+        """Return what is done once the engine has looked at its connections; until then `rank` is waited for."""
+        pending = Pending(self.members[rank])
+        self._group.mesh.engine.soon(pending.finish)
+        return pending
+
+    def watched(self, among_others_ns: int, alone_ns: int) -> tuple[int, int]:
+        """Return what is readable when something happens on a connection, and for how long not to look after that."""
+        mesh = self._group.mesh
+        return mesh.engine.fd, among_others_ns if mesh.groups_streaming > 1 else alone_ns
+
+    @property
+    def recorded(self) -> bool:
+        return self._record is not None
+
+    def note_flow(self, rank: int, nbytes: int, blocked_ns: int) -> None:
+        """So many bytes went to and came from a member in a stream, and for so long it had none."""
+        if self._record is not None:
+            self._record.flows(self._group.peer(rank), nbytes, blocked_ns)
+
     # For the operation -----------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
@@ -186,6 +240,8 @@ class Channel:
     def needs(self, peer: "Connections") -> bool:
         """Say whether something is waited for that only `peer` can do."""
         if any(to is peer and not send.done for to, send in self._sends):
+            return True
+        if self._unfinished is not None and self._unfinished(self.members.index(peer.worker)):
             return True
         waits = [receive for source, receive in self._receives if source is peer and not receive.done]
         return any(not isinstance(receive, Receive) or self._only_from(receive, peer) for receive in waits)
@@ -213,6 +269,7 @@ class Channel:
         if self._record is not None:
             self._record.end(error)
             self._record = None
+        self.leave_queue()
         for peer, receive in self._receives:
             if isinstance(receive, Fetch) and receive.region is not None:
                 peer.release(receive.region)

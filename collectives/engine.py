@@ -140,6 +140,11 @@ class Engine:
             heapq.heapify(self._timers)
             self._cancelled.clear()
 
+    @property
+    def fd(self) -> int:
+        """Readable while a connection, or another thread, waits for a turn."""
+        return self._epoll.fileno()
+
     # For any thread --------------------------------------------------------------------------------------------------
 
     @property

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from elastic_run.collectives import exact, flat, quantised, selection
+from elastic_run.collectives import exact, flat, native, quantised, selection
 from elastic_run.collectives.algorithms import table as algorithms
 from elastic_run.collectives.channel import Channel
 from elastic_run.collectives.dyadic import Block
 from elastic_run.collectives.errors import CollectiveError
 from elastic_run.collectives.operation import Algorithm, Operation
+from elastic_run.collectives.pending import Pending
 from elastic_run.collectives.reduction import Reduction, accumulator_dtype
 from elastic_run.collectives.selection import Method
 from elastic_run.collectives.signature import Signature, sign, sign_message, sign_uneven
@@ -66,6 +67,8 @@ class Group:
         self._limited: dict[
             Operation, None
         ] = {}  # of those under way, without messages from one member to one; in order
+        self.streams: deque[Pending] = deque()
+        """Turns of those that stream, in the order of the operations: the first one has it. Engine thread."""
 
     # Operations ------------------------------------------------------------------------------------------------------
 
@@ -84,7 +87,15 @@ class Group:
         wide = accumulator_dtype(data.dtype, reduction)
         if method is None:
             nbytes = data.numel() * data.element_size()
-            method = selection.choose_all_reduce(nbytes, self.layout, self.mesh.options, widened=wide is not data.dtype)
+            method = selection.choose_all_reduce(
+                nbytes,
+                self.layout,
+                self.mesh.options,
+                widened=wide is not data.dtype,
+                streamable=native.streamable(data.dtype, reduction),
+            )
+        elif method is Method.STREAMED and not (self.size > 1 and native.streamable(data.dtype, reduction)):
+            raise ValueError(f"{method} takes no {reduction} of {data.dtype} among {self.size}: name another method")
         elif method in selection.ONE_HOST and not self.layout.one_host:
             raise ValueError(
                 f"{method} goes through shared memory, and the members of {self.name!r} are on several hosts"

@@ -9,18 +9,20 @@
 #include <Python.h>
 #include <stdint.h>
 #include <string.h>
+#include "kernels.h"
+
 #if defined(__x86_64__)
-#include <emmintrin.h>
+#include <immintrin.h>
 #endif
 
-#if defined(__x86_64__) && defined(__GLIBC__)
-#define VECTORISED __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define VECTORISED
-#endif
+enum { PARTS_MAX = 1024, LINE = 64 };
 
-enum { BLOCK = 1024, PARTS_MAX = 1024 };
-enum { FLOAT32 = 0, FLOAT64 = 1, BFLOAT16 = 2, INT32 = 3, INT64 = 4 };
+PyObject *py_stream(PyObject *module, PyObject *args);
+PyObject *py_prepare(PyObject *module, PyObject *args);
+PyObject *py_able(PyObject *module, PyObject *args);
+PyObject *py_advance(PyObject *module, PyObject *args);
+PyObject *py_progress(PyObject *module, PyObject *args);
+PyObject *py_restore(PyObject *module, PyObject *args);
 
 /* Sums block by block: the running total of a block stays in the first-level cache. */
 #define DEFINE_SUM(NAME, TYPE)                                                                    \
@@ -79,30 +81,127 @@ VECTORISED static void sum_bfloat16(uint16_t *out, const uint64_t *parts, int co
     }
 }
 
-/* Writes around the caches: the target is not read again soon, and need not be read before it is overwritten. */
-static void copy_around_caches(char *target, const char *source, size_t length)
+/* Follows steps block by block: the buffers of a block stay in the first-level cache. */
+#define DEFINE_MERGE(NAME, TYPE, DIVIDE)                                                                  \
+    VECTORISED static void NAME(TYPE *out, const char *const *parts, const step *steps, int count,        \
+                                size_t length, double divisor)                                            \
+    {                                                                                                     \
+        TYPE buffers[BUFFERS_MAX][BLOCK];                                                                 \
+        TYPE by = (TYPE)divisor;                                                                          \
+        for (size_t start = 0; start < length; start += BLOCK) {                                          \
+            size_t size = length - start < BLOCK ? length - start : BLOCK;                                \
+            for (int i = 0; i < count; i++) {                                                             \
+                int l = steps[i].left, r = steps[i].right;                                                \
+                const TYPE *left = l >= 0 ? (const TYPE *)(const void *)parts[l] + start : buffers[~l];   \
+                const TYPE *right = r >= 0 ? (const TYPE *)(const void *)parts[r] + start : buffers[~r];  \
+                TYPE *into = buffers[steps[i].out];                                                       \
+                for (size_t k = 0; k < size; k++) into[k] = left[k] + right[k];                           \
+            }                                                                                             \
+            if (DIVIDE && divisor != 1.0)                                                                 \
+                for (size_t k = 0; k < size; k++) buffers[0][k] /= by;                                    \
+            memcpy(out + start, buffers[0], size * sizeof(TYPE));                                         \
+        }                                                                                                 \
+    }
+
+DEFINE_MERGE(merge_float32, float, 1)
+DEFINE_MERGE(merge_float64, double, 1)
+DEFINE_MERGE(merge_int32, uint32_t, 0)
+DEFINE_MERGE(merge_int64, uint64_t, 0)
+
+static inline const float *widened(const char *const *parts, int half, size_t start, size_t size,
+                                   float buffers[][BLOCK], float *scratch)
+{
+    if (half < 0) return buffers[~half];
+    const uint16_t *part = (const uint16_t *)(const void *)parts[half] + start;
+    for (size_t k = 0; k < size; k++) scratch[k] = widen(part[k]);
+    return scratch;
+}
+
+VECTORISED static void merge_bfloat16(uint16_t *out, const char *const *parts, const step *steps, int count,
+                                      size_t length, double divisor)
+{
+    float buffers[BUFFERS_MAX][BLOCK], one[BLOCK], other[BLOCK], by = (float)divisor;
+    for (size_t start = 0; start < length; start += BLOCK) {
+        size_t size = length - start < BLOCK ? length - start : BLOCK;
+        for (int i = 0; i < count; i++) {
+            const float *left = widened(parts, steps[i].left, start, size, buffers, one);
+            const float *right = widened(parts, steps[i].right, start, size, buffers, other);
+            float *into = buffers[steps[i].out];
+            for (size_t k = 0; k < size; k++) into[k] = left[k] + right[k];
+        }
+        if (divisor != 1.0)
+            for (size_t k = 0; k < size; k++) buffers[0][k] /= by;
+        for (size_t k = 0; k < size; k++) out[start + k] = round_to_bfloat16(buffers[0][k]);
+    }
+}
+
+size_t itemsize_of(int type)
+{
+    switch (type) {
+    case FLOAT32: return 4;
+    case FLOAT64: return 8;
+    case BFLOAT16: return 2;
+    case INT32: return 4;
+    case INT64: return 8;
+    default: return 0;
+    }
+}
+
+void merge(int type, void *out, const char *const *parts, const step *steps, int count, size_t length, double divisor)
+{
+    switch (type) {
+    case FLOAT32: merge_float32(out, parts, steps, count, length, divisor); break;
+    case FLOAT64: merge_float64(out, parts, steps, count, length, divisor); break;
+    case BFLOAT16: merge_bfloat16(out, parts, steps, count, length, divisor); break;
+    case INT32: merge_int32(out, parts, steps, count, length, divisor); break;
+    default: merge_int64(out, parts, steps, count, length, divisor); break;
+    }
+}
+
+/* Lines written around the caches: whole ones at once where the processor can, so that they need not be read before. */
+#if defined(__x86_64__)
+__attribute__((target("avx512f"))) static void lines_512(char *away, char *near, const char *source, size_t lines)
+{
+    for (size_t line = 0; line < lines; line++) {
+        __m512i whole = _mm512_loadu_si512((const void *)(source + line * LINE));
+        if (near != NULL) _mm512_storeu_si512((void *)(near + line * LINE), whole);
+        _mm512_stream_si512((__m512i *)(void *)(away + line * LINE), whole);
+    }
+}
+
+static void lines_128(char *away, char *near, const char *source, size_t lines)
+{
+    for (size_t line = 0; line < lines; line++)
+        for (size_t quarter = line * LINE; quarter < (line + 1) * LINE; quarter += LINE / 4) {
+            __m128i part = _mm_loadu_si128((const __m128i *)(const void *)(source + quarter));
+            if (near != NULL) _mm_storeu_si128((__m128i *)(void *)(near + quarter), part);
+            _mm_stream_si128((__m128i *)(void *)(away + quarter), part);
+        }
+}
+#endif
+
+/* Copy to `away` around the caches, and to `near` through them if it is not NULL. */
+static void copy_lines(char *away, char *near, const char *source, size_t length)
 {
 #if defined(__x86_64__)
-    size_t head = (16 - ((uintptr_t)target & 15)) & 15;
+    size_t head = (LINE - ((uintptr_t)away & (LINE - 1))) & (LINE - 1);
     if (head > length) head = length;
-    memcpy(target, source, head);
-    target += head, source += head, length -= head;
-    size_t lines = length / 64;
-    for (size_t line = 0; line < lines; line++) {
-        __m128i a = _mm_loadu_si128((const __m128i *)source), b = _mm_loadu_si128((const __m128i *)(source + 16));
-        __m128i c = _mm_loadu_si128((const __m128i *)(source + 32)), d = _mm_loadu_si128((const __m128i *)(source + 48));
-        _mm_stream_si128((__m128i *)target, a);
-        _mm_stream_si128((__m128i *)(target + 16), b);
-        _mm_stream_si128((__m128i *)(target + 32), c);
-        _mm_stream_si128((__m128i *)(target + 48), d);
-        target += 64, source += 64;
-    }
+    memcpy(away, source, head);
+    if (near != NULL) memcpy(near, source, head), near += head;
+    away += head, source += head, length -= head;
+    size_t lines = length / LINE;
+    (__builtin_cpu_supports("avx512f") ? lines_512 : lines_128)(away, near, source, lines);
     _mm_sfence();
-    memcpy(target, source, length - lines * 64);
-#else
-    memcpy(target, source, length);
+    away += lines * LINE, source += lines * LINE, length -= lines * LINE;
+    if (near != NULL) near += lines * LINE;
 #endif
+    memcpy(away, source, length);
+    if (near != NULL) memcpy(near, source, length);
 }
+
+void copy_around_caches(char *target, const char *source, size_t length) { copy_lines(target, NULL, source, length); }
+
+void copy_twice(char *near, char *away, const char *source, size_t length) { copy_lines(away, near, source, length); }
 
 static PyObject *py_copy(PyObject *Py_UNUSED(module), PyObject *args)
 {
@@ -153,6 +252,12 @@ static PyObject *py_sum(PyObject *Py_UNUSED(module), PyObject *args)
 static PyMethodDef methods[] = {
     {"copy", py_copy, METH_VARARGS, "copy(target, source, nbytes): addresses; writes around the caches"},
     {"sum", py_sum, METH_VARARGS, "sum(out, parts, length, type, divisor): addresses; the divisor is bfloat16's"},
+    {"stream", py_stream, METH_VARARGS, "stream(rank, regions, source, target, undo, nbytes, type, chunk, slots, ...)"},
+    {"prepare", py_prepare, METH_VARARGS, "prepare(region): reset the control words of an own region"},
+    {"able", py_able, METH_VARARGS, "able(region): whether its owner prepared it"},
+    {"advance", py_advance, METH_VARARGS, "advance(stream, fd, limit_ns): state"},
+    {"progress", py_progress, METH_VARARGS, "progress(stream, rank): staged, taken, waited_ns, finished, blamed"},
+    {"restore", py_restore, METH_VARARGS, "restore(stream): put back what was overwritten"},
     {NULL, NULL, 0, NULL},
 };
 

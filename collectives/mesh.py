@@ -68,6 +68,8 @@ class Mesh:
         self._dead_groups: dict[int, CollectiveError] = {}
         self._strangers: dict[Inbound, None] = {}  # oldest first
         self._memory_waiters: list[Pending] = []
+        self.groups_streaming = 0
+        """Groups of which an operation streams, or waits to. Engine thread."""
         self._closed: str | None = None
         self._leaving = False
         self._left = Gate()

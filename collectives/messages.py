@@ -84,14 +84,15 @@ class Receive(Pending):
 class Fetch(Pending):
     """A region of the peer's shared memory waited for."""
 
-    __slots__ = ("check", "key", "nbytes", "region")
+    __slots__ = ("check", "counted", "key", "nbytes", "region")
 
-    def __init__(self, peer: str, key: Key, check: int, nbytes: int | None = None) -> None:
-        """With `nbytes` a region of another size is a mismatch."""
+    def __init__(self, peer: str, key: Key, check: int, nbytes: int | None = None, *, counted: bool = True) -> None:
+        """With `nbytes` a region of another size is a mismatch. `counted`: it holds as many bytes of the operation."""
         super().__init__(peer)
         self.key = key
         self.check = check
         self.nbytes = nbytes
+        self.counted = counted
         self.region: RegionRef | None = None
 
 

@@ -26,7 +26,12 @@ except ImportError:  # no compiler when the package was installed
 COPY_BYTES_MIN = 4 << 20
 """Smaller targets are still in a cache when they are read next."""
 PARTS_MAX = 1024
-_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.int32: 3, torch.int64: 4}
+TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.int32: 3, torch.int64: 4}
+
+
+def streamable(dtype: torch.dtype, reduction: Reduction) -> bool:
+    """Say whether the kernels can reduce that: the same answer with and without them, as members must agree."""
+    return dtype in TYPES and (reduction is Reduction.SUM or (reduction is Reduction.AVG and dtype.is_floating_point))
 
 
 def sum_parts(out: Tensor, parts: Sequence[Tensor], reduction: Reduction, count: int) -> bool:
@@ -34,7 +39,7 @@ def sum_parts(out: Tensor, parts: Sequence[Tensor], reduction: Reduction, count:
 
     All one-dimensional, contiguous, of one length and dtype. `count`: what AVG divides by.
     """
-    code = _TYPES.get(out.dtype)
+    code = TYPES.get(out.dtype)
     if kernels is None or code is None or not 2 <= len(parts) <= PARTS_MAX:
         return False
     if reduction is not Reduction.SUM and (reduction is not Reduction.AVG or not out.is_floating_point()):

@@ -48,6 +48,7 @@ _METHODS = {
     Method.EXCHANGE: codes.Algorithm.EXCHANGE,
     Method.SHARED_ONCE: codes.Algorithm.SHARED_ONCE,
     Method.SHARED: codes.Algorithm.SHARED,
+    Method.STREAMED: codes.Algorithm.STREAMED,
     Method.PAIRWISE: codes.Algorithm.PAIRWISE,
     Method.RING: codes.Algorithm.RING,
     Method.HIERARCHICAL: codes.Algorithm.HIERARCHICAL,
@@ -176,6 +177,17 @@ class Record:
         traffic.progress_ns = now_ns = time.monotonic_ns()
         if not self._first_sent_ns:
             self._first_sent_ns = now_ns
+
+    def flows(self, peer: "Peer", nbytes: int, blocked_ns: int) -> None:
+        """So many bytes went each way through shared memory, and for so long there were none to be had."""
+        traffic = self._traffic.get(peer.worker) or self._meet(peer)
+        traffic.sent_bytes += nbytes
+        traffic.received_bytes += nbytes
+        traffic.receive_blocked_ns += blocked_ns
+        if nbytes:
+            traffic.progress_ns = now_ns = time.monotonic_ns()
+            self._first_sent_ns = self._first_sent_ns or now_ns
+            self._first_received_ns = self._first_received_ns or now_ns
 
     def awaits(self, peer: "Peer", pending: Pending) -> None:
         """Something of this peer will be waited for; of several peers, any of which may do it, say it for each."""
@@ -323,7 +335,7 @@ def _moved(pending: Pending) -> int:
     if isinstance(pending, Receive):
         return len(pending.buffer) - pending.missing
     if isinstance(pending, Fetch):
-        return pending.region.nbytes if pending.region is not None else 0
+        return pending.region.nbytes if pending.region is not None and pending.counted else 0
     return pending.next_offset if isinstance(pending, Send) else 0
 
 

@@ -20,12 +20,13 @@ class Method(enum.StrEnum):
     EXCHANGE = "exchange"  # everybody sends everything to everybody: fewest steps, for small messages
     SHARED_ONCE = "shared-once"  # through shared memory in one step: each member reduces everything for itself
     SHARED = "shared"  # through shared memory: each member reduces its slice where all lies
+    STREAMED = "streamed"  # through a little shared memory, in chunks that stay in the caches
     PAIRWISE = "pairwise"  # each member gets its slice from every other, reduces it, and sends it to all
     RING = "ring"  # slices travel once round the ring to be reduced, and once more to be spread
     HIERARCHICAL = "hierarchical"  # within each host first, then between hosts
 
 
-ONE_HOST = frozenset({Method.SHARED, Method.SHARED_ONCE})
+ONE_HOST = frozenset({Method.SHARED, Method.SHARED_ONCE, Method.STREAMED})
 """Work only where all members share memory."""
 
 
@@ -56,6 +57,7 @@ class Layout:
 EXCHANGE_BYTES_MAX = 16 << 10
 SHARED_ONCE_READ_BYTES_MAX = 8 << 20
 """Of all members' values together, which each then reads whole. Measured at 4 members: level at 1 to 4 MiB each."""
+STREAM_BYTES_MIN = 128 << 10
 DIRECT_BYTES_MAX = 64 << 10
 RING_SHARE_BYTES_MIN = 1 << 20
 """Smaller shares make chunks that cost more to announce than to send. Measured by `python -m benchmarks crossover`."""
@@ -92,9 +94,14 @@ def choose(nbytes: int, layout: Layout, options: MeshOptions) -> Method:
     return Method.PAIRWISE
 
 
-def choose_all_reduce(nbytes: int, layout: Layout, options: MeshOptions, *, widened: bool) -> Method:
-    """Return how to all-reduce `nbytes` per member; `widened`: partial results take more room than values."""
+def choose_all_reduce(nbytes: int, layout: Layout, options: MeshOptions, *, widened: bool, streamable: bool) -> Method:
+    """Return how to all-reduce `nbytes` per member.
+
+    `widened`: partial results take more room than values. `streamable`: compiled kernels know type and reduction.
+    """
     method = choose(nbytes, layout, options)
+    if streamable and layout.one_host and nbytes >= STREAM_BYTES_MIN and len(layout.hosts) > 1:
+        return Method.STREAMED
     members = len(layout.hosts)
     if method is not Method.PAIRWISE:
         return method

@@ -7,7 +7,17 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from elastic_run.collectives.algorithms import chain, direct, exchange, hierarchical, pairwise, ring, shared, staged
+from elastic_run.collectives.algorithms import (
+    chain,
+    direct,
+    exchange,
+    hierarchical,
+    pairwise,
+    ring,
+    shared,
+    staged,
+    streamed,
+)
 from elastic_run.collectives.algorithms.direct import all_to_all, gather, receive, scatter, send
 from elastic_run.collectives.algorithms.exchange import barrier
 from elastic_run.collectives.algorithms.quantised_all_reduce import all_reduce as all_reduce_q8
@@ -21,6 +31,7 @@ ALL_REDUCE: dict[Method, Callable[[Channel, Tensor, Reduction], Algorithm]] = {
     Method.EXCHANGE: exchange.all_reduce,
     Method.SHARED_ONCE: shared.all_reduce_once,
     Method.SHARED: shared.all_reduce,
+    Method.STREAMED: streamed.all_reduce,
     Method.PAIRWISE: pairwise.all_reduce,
     Method.RING: ring.all_reduce,
     Method.HIERARCHICAL: hierarchical.all_reduce,

@@ -18,16 +18,18 @@ from torch import Tensor
 
 from elastic_run.collectives import exact
 from elastic_run.collectives.algorithms.arithmetic import PIECE_BYTES
+from elastic_run.collectives.algorithms.streamed import Room, meet, packed
 from elastic_run.collectives.channel import Channel
 from elastic_run.collectives.dyadic import Block
 from elastic_run.collectives.errors import CollectiveMismatch
 from elastic_run.collectives.exact import Exact, Placement, Schedule
 from elastic_run.collectives.messages import Fetch
+from elastic_run.collectives.native import streamable
 from elastic_run.collectives.operation import Algorithm
 from elastic_run.collectives.partition import slices
 from elastic_run.collectives.pending import Pending
-from elastic_run.collectives.reduction import accumulator_dtype, combine, finish
-from elastic_run.collectives.selection import SHARED_ONCE_READ_BYTES_MAX, Method
+from elastic_run.collectives.reduction import Reduction, accumulator_dtype, combine, finish
+from elastic_run.collectives.selection import SHARED_ONCE_READ_BYTES_MAX, STREAM_BYTES_MIN, Method
 
 PLACEMENT, STAGED, REDUCED, FIRST = 0, 1, 2, 3  # slots; passes of messages count from FIRST
 ALIGN_BYTES = 64
@@ -44,7 +46,7 @@ def all_reduce(io: Channel, work: Exact) -> Algorithm:
         wide = accumulator_dtype(work.output.dtype, work.reduction)
         method = work.choose(work.output.numel() * wide.itemsize * work.world)
         if method in (Method.EXCHANGE, *THROUGH_MEMORY):
-            yield from _shared(io, work, None, whole=method is not Method.SHARED)
+            yield from _here(io, work, method)
             return
     if placement is None:
         placement = yield from _tell(io, work)
@@ -52,6 +54,12 @@ def all_reduce(io: Channel, work: Exact) -> Algorithm:
     if method is Method.EXCHANGE or io.size == 1:
         yield from _exchange(io, work, placement)
     elif method in THROUGH_MEMORY:
+        if _may_stream(work) and _even(work, placement):
+            room = yield from meet(io, work.output.nbytes, PLACEMENT)
+            if room.able:
+                yield from _stream(room, work, placement)
+                return
+            room.leave()
         yield from _shared(io, work, placement, whole=method is Method.SHARED_ONCE)
     else:
         yield from _messages(io, work, placement)
@@ -118,6 +126,41 @@ def _exchange(io: Channel, work: Exact, placement: Placement) -> Algorithm:
 
 
 # One host: shared memory ----------------------------------------------------------------------------------------------
+
+
+def _here(io: Channel, work: Exact, method: Method) -> Algorithm:
+    """Without knowing the placement: as a stream where all turn out to bring one partial of the output's type."""
+    if not _may_stream(work):
+        yield from _shared(io, work, None, whole=method is not Method.SHARED)
+        return
+    said = exact.to_bytes(tuple(work.partials), work.world)
+    room = yield from meet(io, work.output.nbytes, PLACEMENT, said)
+    placement = _agreed(io, work, room.said(len(said)))
+    if _even(work, placement) and room.able:
+        yield from _stream(room, work, placement)
+    else:
+        room.leave()
+        method = work.choose(max(map(work.nbytes, placement)))
+        yield from _shared(io, work, placement, whole=method is not Method.SHARED)
+
+
+def _may_stream(work: Exact) -> bool:
+    """Say whether a stream is worth to meet for; the same on all members."""
+    return work.output.nbytes >= STREAM_BYTES_MIN and streamable(work.output.dtype, work.reduction)
+
+
+def _even(work: Exact, placement: Placement) -> bool:
+    """Say whether everybody brings one partial of the output's type."""
+    return all(len(blocks) == 1 and work.carry(blocks[0]) is work.output.dtype for blocks in placement)
+
+
+def _stream(room: Room, work: Exact, placement: Placement) -> Algorithm:
+    plan = exact.schedule(placement, work.world)
+    (partial,) = work.partials.values()
+    out = work.output if partial.data_ptr() == work.output.data_ptr() else _aside(work)
+    divisor = work.world if work.reduction is Reduction.AVG else 1
+    yield from room.reduce(partial, out, packed(plan.steps, plan.bringers), divisor)
+    _land(work, out)
 
 
 def _shared(io: Channel, work: Exact, placement: Placement | None, *, whole: bool) -> Algorithm:

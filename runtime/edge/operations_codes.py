@@ -76,6 +76,7 @@ class Algorithm(enum.IntEnum):
     TREE_EXACT = 7
     Q8 = 8
     SHARED_ONCE = 9
+    STREAMED = 10
 
 
 class State(enum.IntEnum):

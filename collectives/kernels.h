@@ -1,0 +1,39 @@
+/* What the compiled kernels share. Private to this extension module. */
+#ifndef ELASTIC_RUN_KERNELS_H
+#define ELASTIC_RUN_KERNELS_H
+#include <stddef.h>
+#include <stdint.h>
+#if defined(__x86_64__)
+#include <emmintrin.h>
+#endif
+
+#if defined(__x86_64__) && defined(__GLIBC__)
+#define VECTORISED __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define VECTORISED
+#endif
+
+enum { FLOAT32 = 0, FLOAT64 = 1, BFLOAT16 = 2, INT32 = 3, INT64 = 4 };
+enum { BLOCK = 1024, BUFFERS_MAX = 16 };
+
+/* Merge two halves into buffer `out`. A half from 0 up is the part of that number, below it is buffer ~half. */
+typedef struct {
+    int32_t out, left, right;
+} step;
+
+/* Bytes of an element; 0: no such type. */
+size_t itemsize_of(int type);
+/* Follow the steps, which end in buffer 0, divide unless by 1, round once, write to `out`. */
+void merge(int type, void *out, const char *const *parts, const step *steps, int count, size_t length, double divisor);
+/* To one that is not read again soon. */
+void copy_around_caches(char *target, const char *source, size_t length);
+/* To one that is read again soon and one that is not. */
+void copy_twice(char *near, char *away, const char *source, size_t length);
+
+static inline void relax(void)
+{
+#if defined(__x86_64__)
+    _mm_pause();
+#endif
+}
+#endif
