@@ -16,6 +16,8 @@ from elastic_run.collectives.errors import CollectiveAborted, CollectiveError
 from elastic_run.collectives.memory import bytes_of
 from elastic_run.collectives.messages import Fetch, Key, Receive, Send
 from elastic_run.collectives.pending import Countdown, Pending
+from elastic_run.collectives.pipes import PipeOut, Pipes
+from elastic_run.collectives.recording import Moved
 from elastic_run.collectives.signature import Signature
 from elastic_run.collectives.wire import POINT_TO_POINT
 from elastic_run.runtime.protocol.errors import CodecError
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
     from elastic_run.collectives.selection import Layout
 
 
+OTHER_SLOTS = 1 << 20
+
+
 class Channel:
     """One operation's way out."""
 
@@ -42,6 +47,7 @@ class Channel:
         self._record: Record | None = None
         self._enter_ns = time.monotonic_ns() if group.mesh.recorder is not None else 0
         self._base = 0 if tag is None else POINT_TO_POINT | tag
+        self._first_slot = 0
         self.operation: Operation | None = None
         self.rank = group.rank
         self.size = group.size
@@ -174,7 +180,9 @@ class Channel:
     # Streams ---------------------------------------------------------------------------------------------------------
 
     def queue_to_stream(self) -> None:
-        """Take a place in the group's queue, which must be that of its operations: so before anything is waited for."""
+        """Take a place in the group's queue, if not done yet; in the order of its operations: before any wait."""
+        if self._turn is not None:
+            return
         turns = self._group.streams
         self._turn = Pending(self.me)
         turns.append(self._turn)
@@ -203,6 +211,10 @@ class Channel:
         else:
             self._group.mesh.groups_streaming -= 1
 
+    def stream_on(self, unfinished: Callable[[int], bool]) -> None:
+        """It is known better now for how long which members are needed."""
+        self._unfinished = unfinished
+
     def next_turn(self, rank: int) -> Pending:
         """Return what is done once the engine has looked at its connections; until then `rank` is waited for."""
         pending = Pending(self.members[rank])
@@ -214,14 +226,35 @@ class Channel:
         mesh = self._group.mesh
         return mesh.engine.fd, among_others_ns if mesh.groups_streaming > 1 else alone_ns
 
+    def moment(self, rank: int, delay_s: float) -> Pending:
+        """Return what is done after `delay_s`, in which something may be heard of `rank`."""
+        pending = Pending(self.members[rank])
+        self._group.mesh.engine.after(delay_s, pending.finish)
+        return pending
+
+    def pipe_to(self, rank: int) -> PipeOut | None:
+        """Return the pipe to a member, for one more user, as `Connections.pipe_to`."""
+        return self._group.peer(rank).pipe_to(self._group.identity)
+
+    def pipes_of(self, rank: int) -> Pipes:
+        return self._group.peer(rank).pipes
+
+    def far(self, rank: int) -> bool:
+        """Say whether several connections are better than one on the way to a member."""
+        return self._group.peer(rank).far
+
+    def other_slots(self) -> None:
+        """From now on slots are others than before: another algorithm takes over."""
+        self._first_slot += OTHER_SLOTS
+
     @property
     def recorded(self) -> bool:
         return self._record is not None
 
-    def note_flow(self, rank: int, nbytes: int, blocked_ns: int) -> None:
-        """So many bytes went to and came from a member in a stream, and for so long it had none."""
+    def note_flow(self, rank: int, moved: Moved) -> None:
+        """So much more went to and came from a member in a stream."""
         if self._record is not None:
-            self._record.flows(self._group.peer(rank), nbytes, blocked_ns)
+            self._record.flows(self._group.peer(rank), moved)
 
     # For the operation -----------------------------------------------------------------------------------------------
 
@@ -292,4 +325,4 @@ class Channel:
             self._record.awaits(peer, pending)
 
     def _key(self, slot: int) -> Key:
-        return Key(self._group.identity, self._sequence, self._base | slot)
+        return Key(self._group.identity, self._sequence, self._base | (self._first_slot + slot))

@@ -26,6 +26,7 @@ from elastic_run.collectives.messages import Inbox, Key, Send
 from elastic_run.collectives.options import MeshOptions
 from elastic_run.collectives.outbound import Item, Outbound
 from elastic_run.collectives.peer_segments import PeerSegments
+from elastic_run.collectives.pipes import PipeOut, Pipes
 from elastic_run.collectives.wire import Header, Kind, RegionRef
 from elastic_run.runtime.protocol.errors import PeerRefused
 
@@ -97,6 +98,7 @@ class Connections(ABC):
         self._redials = 0
         self._bye: bytes | None = None  # this worker is leaving
         self._round_trip_s: float | None = None
+        self.pipes = Pipes(mesh.engine, worker)
 
     @property
     def shares_memory(self) -> bool:
@@ -139,6 +141,7 @@ class Connections(ABC):
             lane.abandon()
         for inbound in self._inbounds:
             inbound.abandon()
+        self.pipes.abandon()
 
     def forget_segment(self, segment: int) -> None:
         """A segment of this worker is gone; the peer sees that by itself."""
@@ -229,6 +232,14 @@ class Connections(ABC):
         dial = self._mesh.options.dialler(endpoint, local=self.local)
         self._lanes[lane] = Outbound(self._mesh.engine, self, dial, hello, self._mesh.secret)
 
+    def pipe_to(self, group: int) -> PipeOut | None:
+        """Return the pipe on which bytes of the group go to the peer, for one more user; None: there is none left."""
+        self._check_up()
+        endpoint = self.endpoint
+        assert endpoint is not None
+        mesh, dial = self._mesh, self._mesh.options.dialler(endpoint, local=False, pipe=True)
+        return self.pipes.to(group, lambda: PipeOut(mesh.engine, dial, mesh.worker, self.worker, mesh.secret))
+
     def _close_connections(self, *, keep_held: bool = False, keep_segments: bool = False) -> None:
         self._fading = None
         self._farewell = None
@@ -238,6 +249,7 @@ class Connections(ABC):
         for inbound in self._inbounds:
             inbound.close()
         self._inbounds.clear()
+        self.pipes.close(keep_arrived=keep_segments)
         self._control.clear()
         self._segments_sent.clear()
         self.announced = 0

@@ -94,7 +94,7 @@ class Group:
                 widened=wide is not data.dtype,
                 streamable=native.streamable(data.dtype, reduction),
             )
-        elif method is Method.STREAMED and not (self.size > 1 and native.streamable(data.dtype, reduction)):
+        elif method in selection.COMPILED and not (self.size > 1 and native.streamable(data.dtype, reduction)):
             raise ValueError(f"{method} takes no {reduction} of {data.dtype} among {self.size}: name another method")
         elif method in selection.ONE_HOST and not self.layout.one_host:
             raise ValueError(

@@ -27,6 +27,8 @@ CHALLENGE_BYTES = _CHALLENGE.size
 PROOF_BYTES = 32
 NONCE_BYTES = 32
 LANES_MAX = 64
+PIPE_LANE = LANES_MAX - 1
+"""A connection that carries no frames (pipes.py)."""
 SECRET_BYTES_MIN = 16
 
 

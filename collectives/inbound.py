@@ -17,7 +17,7 @@ from typing import Protocol
 from elastic_run.collectives import handshake, wire
 from elastic_run.collectives.engine import Engine
 from elastic_run.collectives.guarded_socket import GuardedSocket
-from elastic_run.collectives.handshake import HELLO_BYTES, NONCE_BYTES, PROOF_BYTES, Hello
+from elastic_run.collectives.handshake import HELLO_BYTES, NONCE_BYTES, PIPE_LANE, PROOF_BYTES, Hello
 from elastic_run.collectives.wire import HEADER_BYTES, FrameError, Header, Kind
 from elastic_run.runtime.protocol.errors import ElasticError
 
@@ -51,6 +51,9 @@ class Greeter(Protocol):
 
     def sink_of(self, inbound: "Inbound", hello: Hello) -> Sink:
         """Return the sink of whoever sent `hello`. Raises ElasticError when it is not welcome."""
+
+    def take_pipe(self, inbound: "Inbound", sock: socket.socket, hello: Hello) -> None:
+        """Take a connection that carries no frames. Raises ElasticError when it is not welcome."""
 
     def greeting_failed(self, inbound: "Inbound", reason: str) -> None: ...
 
@@ -129,6 +132,9 @@ class Inbound(GuardedSocket):
             return self._receive_payload()
         if self._passes_descriptors:
             received = self._receive_with_descriptors()
+        elif self._sink is None:  # not a byte more than the greeting: what follows may not be for us to read
+            awaited = PROOF_BYTES if self._hello else HELLO_BYTES
+            received = self._sock.recv_into(self._view[self._end : self._start + awaited])
         else:
             received = self._sock.recv_into(self._view[self._end :])
         self._end += received
@@ -244,9 +250,27 @@ class Inbound(GuardedSocket):
         given = bytes(self._view[self._start : self._start + PROOF_BYTES])
         self._start += PROOF_BYTES
         handshake.check_proof(self._greeter.secret, self._hello, self._nonce, given)
-        self._sink = self._greeter.sink_of(self, handshake.unpack_hello(self._hello))
+        hello = handshake.unpack_hello(self._hello)
+        if hello.lane == PIPE_LANE:
+            self._hand_over(hello)
+            return False
+        self._sink = self._greeter.sink_of(self, hello)
         self._proved()
         return True
+
+    def _hand_over(self, hello: Hello) -> None:
+        sock = self._sock
+        assert sock is not None
+        if self._passes_descriptors:
+            raise FrameError("a pipe within a host")
+        self._proved()
+        self._engine.unregister(sock.fileno())
+        self._sock = None
+        try:
+            self._greeter.take_pipe(self, sock, hello)
+        except ElasticError:
+            sock.close()
+            raise
 
     def _fail(self, reason: str) -> None:
         sink = self._sink

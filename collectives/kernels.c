@@ -4,12 +4,10 @@
  * kernels do the work, with the same bits: sums run in the order given, in the accumulator's type, rounded once.
  * Callers vouch for addresses and lengths; the interpreter's lock is released while a kernel runs.
  */
-#define PY_SSIZE_T_CLEAN
-#define Py_LIMITED_API 0x030B0000
-#include <Python.h>
-#include <stdint.h>
-#include <string.h>
 #include "kernels.h"
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -23,6 +21,10 @@ PyObject *py_able(PyObject *module, PyObject *args);
 PyObject *py_advance(PyObject *module, PyObject *args);
 PyObject *py_progress(PyObject *module, PyObject *args);
 PyObject *py_restore(PyObject *module, PyObject *args);
+PyObject *py_pump(PyObject *module, PyObject *args);
+PyObject *py_pump_advance(PyObject *module, PyObject *args);
+PyObject *py_pump_progress(PyObject *module, PyObject *args);
+PyObject *py_pump_restore(PyObject *module, PyObject *args);
 
 /* Sums block by block: the running total of a block stays in the first-level cache. */
 #define DEFINE_SUM(NAME, TYPE)                                                                    \
@@ -147,6 +149,24 @@ size_t itemsize_of(int type)
     }
 }
 
+step *read_steps(const char *bytes, Py_ssize_t nbytes, int parts, int *count)
+{
+    if (nbytes <= 0 || nbytes % (Py_ssize_t)sizeof(step) || nbytes / (Py_ssize_t)sizeof(step) > STEPS_MAX) return NULL;
+    step *steps = malloc((size_t)nbytes);
+    if (steps == NULL) return NULL;
+    memcpy(steps, bytes, (size_t)nbytes);
+    *count = (int)(nbytes / (Py_ssize_t)sizeof(step));
+    for (int i = 0; i < *count; i++) {
+        const step *one = &steps[i];
+        if (one->out < 0 || one->out >= BUFFERS_MAX || one->left >= parts || one->right >= parts ||
+            ~one->left >= BUFFERS_MAX || ~one->right >= BUFFERS_MAX) {
+            free(steps);
+            return NULL;
+        }
+    }
+    return steps;
+}
+
 void merge(int type, void *out, const char *const *parts, const step *steps, int count, size_t length, double divisor)
 {
     switch (type) {
@@ -257,6 +277,10 @@ static PyMethodDef methods[] = {
     {"able", py_able, METH_VARARGS, "able(region): whether its owner prepared it"},
     {"advance", py_advance, METH_VARARGS, "advance(stream, fd, limit_ns): state"},
     {"progress", py_progress, METH_VARARGS, "progress(stream, rank): staged, taken, waited_ns, finished, blamed"},
+    {"pump", py_pump, METH_VARARGS, "pump(rank, descriptors, source, target, undo, nbytes, type, piece, window, ...)"},
+    {"pump_advance", py_pump_advance, METH_VARARGS, "pump_advance(pump, fd, limit_ns): state, rank"},
+    {"pump_progress", py_pump_progress, METH_VARARGS, "pump_progress(pump, rank): bytes, blocked, over; out and in"},
+    {"pump_restore", py_pump_restore, METH_VARARGS, "pump_restore(pump): put back what was overwritten"},
     {"restore", py_restore, METH_VARARGS, "restore(stream): put back what was overwritten"},
     {NULL, NULL, 0, NULL},
 };

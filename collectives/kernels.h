@@ -1,6 +1,9 @@
 /* What the compiled kernels share. Private to this extension module. */
 #ifndef ELASTIC_RUN_KERNELS_H
 #define ELASTIC_RUN_KERNELS_H
+#define PY_SSIZE_T_CLEAN
+#define Py_LIMITED_API 0x030B0000
+#include <Python.h>
 #include <stddef.h>
 #include <stdint.h>
 #if defined(__x86_64__)
@@ -14,13 +17,15 @@
 #endif
 
 enum { FLOAT32 = 0, FLOAT64 = 1, BFLOAT16 = 2, INT32 = 3, INT64 = 4 };
-enum { BLOCK = 1024, BUFFERS_MAX = 16 };
+enum { BLOCK = 1024, BUFFERS_MAX = 16, STEPS_MAX = 4096 };
 
 /* Merge two halves into buffer `out`. A half from 0 up is the part of that number, below it is buffer ~half. */
 typedef struct {
     int32_t out, left, right;
 } step;
 
+/* Return a checked copy, for `free`; NULL: these are no steps over so many parts. */
+step *read_steps(const char *bytes, Py_ssize_t nbytes, int parts, int *count);
 /* Bytes of an element; 0: no such type. */
 size_t itemsize_of(int type);
 /* Follow the steps, which end in buffer 0, divide unless by 1, round once, write to `out`. */

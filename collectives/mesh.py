@@ -399,14 +399,23 @@ class Mesh:
         return int(struct.unpack("3i", credentials)[1]) == os.getuid()
 
     def sink_of(self, inbound: Inbound, hello: Hello) -> Sink:
+        peer = self._welcome(inbound, hello)
+        peer.attach(inbound, hello.lane)
+        return peer
+
+    def take_pipe(self, inbound: Inbound, sock: socket.socket, hello: Hello) -> None:
+        peer = self._welcome(inbound, hello)
+        self.options.tune_pipe(sock, sock.getpeername()[0])
+        peer.pipes.attach(sock)
+
+    def _welcome(self, inbound: Inbound, hello: Hello) -> Peer:
+        """Return who dialled. Raises PeerRefused."""
         self._strangers.pop(inbound, None)
         if hello.target != self.worker or hello.source == self.worker:
             raise PeerRefused(f"{hello.source} looks for {hello.target}; this is {self.worker}")
         if hello.source not in self._peers and len(self._peers) >= STRANGE_PEERS_MAX + len(self._members()):
             raise PeerRefused("too many workers that are in no view")
-        peer = self._peer(hello.source)
-        peer.attach(inbound, hello.lane)
-        return peer
+        return self._peer(hello.source)
 
     def greeting_failed(self, inbound: Inbound, reason: str) -> None:
         self._strangers.pop(inbound, None)

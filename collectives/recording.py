@@ -13,7 +13,7 @@ Not here: the file (runtime/edge/operations_writer.py); what is worth waiting fo
 import threading
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from elastic_run.collectives.errors import CollectiveAborted
 from elastic_run.collectives.messages import Fetch, Receive, Send
@@ -50,6 +50,7 @@ _METHODS = {
     Method.SHARED: codes.Algorithm.SHARED,
     Method.STREAMED: codes.Algorithm.STREAMED,
     Method.PAIRWISE: codes.Algorithm.PAIRWISE,
+    Method.PIPED: codes.Algorithm.PIPED,
     Method.RING: codes.Algorithm.RING,
     Method.HIERARCHICAL: codes.Algorithm.HIERARCHICAL,
 }
@@ -112,6 +113,18 @@ class Recorder:
         self._sweeping = bool(self._open)
         if self._sweeping:
             self._engine.after(SWEEP_S, self._sweep)
+
+
+class Moved(NamedTuple):
+    """What went to and came from one member, and for how long either had to wait."""
+
+    sent_bytes: int = 0
+    received_bytes: int = 0
+    send_blocked_ns: int = 0
+    receive_blocked_ns: int = 0
+
+    def since(self, before: "Moved") -> "Moved":
+        return Moved(*(now - then for now, then in zip(self, before, strict=True)))
 
 
 class Traffic:
@@ -178,16 +191,17 @@ class Record:
         if not self._first_sent_ns:
             self._first_sent_ns = now_ns
 
-    def flows(self, peer: "Peer", nbytes: int, blocked_ns: int) -> None:
-        """So many bytes went each way through shared memory, and for so long there were none to be had."""
+    def flows(self, peer: "Peer", moved: Moved) -> None:
+        """So much more went each way in a stream."""
         traffic = self._traffic.get(peer.worker) or self._meet(peer)
-        traffic.sent_bytes += nbytes
-        traffic.received_bytes += nbytes
-        traffic.receive_blocked_ns += blocked_ns
-        if nbytes:
+        traffic.sent_bytes += moved.sent_bytes
+        traffic.received_bytes += moved.received_bytes
+        traffic.send_blocked_ns += moved.send_blocked_ns
+        traffic.receive_blocked_ns += moved.receive_blocked_ns
+        if moved.sent_bytes or moved.received_bytes:
             traffic.progress_ns = now_ns = time.monotonic_ns()
-            self._first_sent_ns = self._first_sent_ns or now_ns
-            self._first_received_ns = self._first_received_ns or now_ns
+            self._first_sent_ns = self._first_sent_ns or (now_ns if moved.sent_bytes else 0)
+            self._first_received_ns = self._first_received_ns or (now_ns if moved.received_bytes else 0)
 
     def awaits(self, peer: "Peer", pending: Pending) -> None:
         """Something of this peer will be waited for; of several peers, any of which may do it, say it for each."""

@@ -21,6 +21,7 @@ class Method(enum.StrEnum):
     SHARED_ONCE = "shared-once"  # through shared memory in one step: each member reduces everything for itself
     SHARED = "shared"  # through shared memory: each member reduces its slice where all lies
     STREAMED = "streamed"  # through a little shared memory, in chunks that stay in the caches
+    PIPED = "piped"  # as pairwise, in byte streams that compiled kernels drive
     PAIRWISE = "pairwise"  # each member gets its slice from every other, reduces it, and sends it to all
     RING = "ring"  # slices travel once round the ring to be reduced, and once more to be spread
     HIERARCHICAL = "hierarchical"  # within each host first, then between hosts
@@ -28,6 +29,8 @@ class Method(enum.StrEnum):
 
 ONE_HOST = frozenset({Method.SHARED, Method.SHARED_ONCE, Method.STREAMED})
 """Work only where all members share memory."""
+COMPILED = frozenset({Method.STREAMED, Method.PIPED})
+"""Take only what compiled kernels know; where a member has none, all go another way."""
 
 
 class Form(enum.StrEnum):
@@ -58,6 +61,9 @@ EXCHANGE_BYTES_MAX = 16 << 10
 SHARED_ONCE_READ_BYTES_MAX = 8 << 20
 """Of all members' values together, which each then reads whole. Measured at 4 members: level at 1 to 4 MiB each."""
 STREAM_BYTES_MIN = 128 << 10
+PIPE_BYTES_MIN = 128 << 10
+PIPE_MEMBERS_MAX = 8
+"""Everybody has a pipe to everybody, and small pieces on each."""
 DIRECT_BYTES_MAX = 64 << 10
 RING_SHARE_BYTES_MIN = 1 << 20
 """Smaller shares make chunks that cost more to announce than to send. Measured by `python -m benchmarks crossover`."""
@@ -105,6 +111,8 @@ def choose_all_reduce(nbytes: int, layout: Layout, options: MeshOptions, *, wide
     members = len(layout.hosts)
     if method is not Method.PAIRWISE:
         return method
+    if streamable and nbytes >= PIPE_BYTES_MIN and members <= PIPE_MEMBERS_MAX and layout.one_each:
+        return Method.PIPED
     if members == 2 and nbytes <= options.scratch_bytes:
         return Method.EXCHANGE
     if not widened and nbytes >= members * RING_SHARE_BYTES_MIN:

@@ -96,14 +96,22 @@ class Sending(Connections):
         lanes_max = self._mesh.options.lanes_max
         if len(self._lanes) >= lanes_max or total < WIDE_BYTES_MIN or first is None or first.socket is None:
             return
-        if self.endpoint is not None and self.endpoint.host == self._my_host:
-            return  # a long round trip within a host is a wait for the processor
-        if self._round_trip_s is None or self._round_trip_s < WIDE_ROUND_TRIP_S:
-            self._round_trip_s = round_trip_s(first.socket)
-        if self._round_trip_s >= WIDE_ROUND_TRIP_S:
+        if self.far:
             for lane in range(1, lanes_max):
                 if lane not in self._lanes:
                     self._dial(lane)
+
+    @property
+    def far(self) -> bool:
+        """Whether one connection cannot fill the path, as far as is known."""
+        first = self._lanes.get(0)
+        if first is None or first.socket is None or not first.ready:
+            return False
+        if self.endpoint is not None and self.endpoint.host == self._my_host:
+            return False  # a long round trip within a host is a wait for the processor
+        if self._round_trip_s is None or self._round_trip_s < WIDE_ROUND_TRIP_S:
+            self._round_trip_s = round_trip_s(first.socket)
+        return self._round_trip_s >= WIDE_ROUND_TRIP_S
 
     def _chunk_bytes(self, total: int) -> int:
         """Return how much one connection takes at a time: several turns each, so that a slow one holds up little."""

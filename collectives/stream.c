@@ -9,9 +9,7 @@
  * before a region tells whether it was given away meanwhile; it is looked at after everything that was read.
  * Waiting: a sleeper says so in its own region and sleeps on the other's `ticks` (futex); whoever counts looks who sleeps.
  */
-#define PY_SSIZE_T_CLEAN
-#define Py_LIMITED_API 0x030B0000
-#include <Python.h>
+#include "kernels.h"
 #include <linux/futex.h>
 #include <poll.h>
 #include <stdint.h>
@@ -20,7 +18,6 @@
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
-#include "kernels.h"
 
 enum { MEMBERS_MAX = 1024, ALIGN = 64, CONTROL_BYTES = 128, GENERATION_BEFORE = 64, SPINS = 100 };
 enum { LOOK_NS = 1000000 };
@@ -242,22 +239,6 @@ static void free_stream(PyObject *capsule)
     free(s);
 }
 
-static int read_steps(stream *s, const char *bytes, Py_ssize_t nbytes)
-{
-    if (nbytes % (Py_ssize_t)sizeof(step) || nbytes == 0) return 0;
-    s->step_count = (int)(nbytes / (Py_ssize_t)sizeof(step));
-    s->steps = malloc((size_t)nbytes);
-    if (s->steps == NULL) return 0;
-    memcpy(s->steps, bytes, (size_t)nbytes);
-    for (int i = 0; i < s->step_count; i++) {
-        const step *one = &s->steps[i];
-        if (one->out < 0 || one->out >= BUFFERS_MAX || one->left >= s->size || one->right >= s->size ||
-            ~one->left >= BUFFERS_MAX || ~one->right >= BUFFERS_MAX)
-            return 0;
-    }
-    return 1;
-}
-
 PyObject *py_stream(PyObject *Py_UNUSED(module), PyObject *args)
 {
     unsigned long long source, target, undo;
@@ -285,7 +266,8 @@ PyObject *py_stream(PyObject *Py_UNUSED(module), PyObject *args)
     s->results_at = s->staging_at + s->slots * s->chunk;
     s->source = (const char *)(uintptr_t)source, s->target = (char *)(uintptr_t)target, s->undo = (char *)(uintptr_t)undo;
     s->divisor = divisor, s->blamed = (rank + 1) % (int)size;
-    if (!read_steps(s, steps, steps_bytes)) goto wrong;
+    s->steps = read_steps(steps, steps_bytes, s->size, &s->step_count);
+    if (s->steps == NULL) goto wrong;
     for (int i = 0; i < s->size; i++) {
         PyObject *pair = PyTuple_GetItem(regions, i);
         unsigned long long address, generation;

@@ -8,10 +8,8 @@ overwritten is put back; 3. streams of a group run in the order of its operation
 Not here: the pipeline itself (stream.c); when it is taken (selection.py).
 """
 
-import struct
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from types import ModuleType
 
 import torch
@@ -19,13 +17,14 @@ from torch import Tensor
 
 from elastic_run.collectives import native
 from elastic_run.collectives.algorithms import pairwise, shared
+from elastic_run.collectives.algorithms.flows import Flow, in_turn, run
 from elastic_run.collectives.arena import Region
 from elastic_run.collectives.channel import Channel
 from elastic_run.collectives.errors import CollectiveAborted
-from elastic_run.collectives.exact import Step
 from elastic_run.collectives.messages import Fetch
 from elastic_run.collectives.operation import Algorithm
 from elastic_run.collectives.pending import Pending
+from elastic_run.collectives.recording import Moved
 from elastic_run.collectives.reduction import Reduction
 
 MET = 2  # slot; the other algorithms, when this one cannot be taken, begin at 0
@@ -34,12 +33,9 @@ SLOTS = 4
 CHUNK_BYTES_MIN, CHUNK_BYTES_MAX = 64 << 10, 256 << 10
 SHARE_BYTES_MIN = 16 << 10
 """With many members chunks are larger, so that a member's share of one is worth the counting."""
-SLICE_NS, ALONE_NS = 1_000_000, 20_000_000
-"""How long a stream goes on before the engine has a turn, if nothing happens on a connection: while other groups
-stream, and while none does. Lower: more turns per operation; higher: other streams, or timers, wait longer."""
 ALIGN_BYTES = 64
 CONTROL_BYTES = 128  # as in stream.c
-DONE, PAUSED, STALE = range(3)  # as in stream.c
+STALE = 2  # as in stream.c
 
 
 def all_reduce(io: Channel, data: Tensor, reduction: Reduction) -> Algorithm:
@@ -48,7 +44,7 @@ def all_reduce(io: Channel, data: Tensor, reduction: Reduction) -> Algorithm:
     room = yield from meet(io, nbytes, MET)
     if room.able:
         divisor = io.size if reduction is Reduction.AVG else 1
-        yield from room.reduce(data, data, _in_turn(io.size), divisor)
+        yield from room.reduce(data, data, in_turn(io.size), divisor)
         return
     room.leave()
     if nbytes <= io.options.arena_bytes // 4:
@@ -131,14 +127,14 @@ class Room:
             steps,
             float(divisor),
         )
-        flow = Flow(io, kernels, stream)
+        flow = MemoryFlow(kernels, stream, io)
         yield [io.turn_to_stream(flow.unfinished)]
         try:
-            yield from flow.run()
+            yield from run(io, flow)
             for rank, fetch in self.fetches.items():
                 io.give_back(rank, fetch)
         except BaseException:
-            kernels.restore(stream)
+            flow.restore()
             raise
 
     def _generation(self, rank: int) -> int:
@@ -149,50 +145,30 @@ class Room:
         return region.generation
 
 
-class Flow:
-    """A stream under way."""
+class MemoryFlow(Flow):
+    """A stream through everybody's regions."""
 
-    def __init__(self, io: Channel, kernels: ModuleType, stream: object) -> None:
-        self._io = io
+    def __init__(self, kernels: ModuleType, stream: object, io: Channel) -> None:
+        super().__init__(io)
         self._kernels = kernels
         self._stream = stream
-        self._told = dict.fromkeys(io.others, (0, 0))  # bytes, nanoseconds
 
-    def run(self) -> Algorithm:
-        while True:
-            state = self._kernels.advance(self._stream, *self._io.watched(SLICE_NS, ALONE_NS))
-            self._tell()
-            if state == DONE:
-                return
-            if state == STALE:
-                raise CollectiveAborted(
-                    "shared memory was taken back while it was read: this worker stood still", self._io.me
-                )
-            yield [self._io.next_turn(self._kernels.progress(self._stream, self._io.rank)[4])]
+    def advance(self, fd: int, limit_ns: int) -> int:
+        state: int = self._kernels.advance(self._stream, fd, limit_ns)
+        if state == STALE:
+            raise CollectiveAborted(
+                "shared memory was taken back while it was read: this worker stood still", self.io.me
+            )
+        self.awaited = self._kernels.progress(self._stream, self.io.rank)[4]
+        return state
 
     def unfinished(self, rank: int) -> bool:
-        """Say whether something of that member is still to come."""
         return not self._kernels.progress(self._stream, rank)[3]
 
-    def _tell(self) -> None:
-        """Say to the telemetry what went to and fro, and for whom this member slept."""
-        if not self._io.recorded:
-            return
-        for rank, told in self._told.items():
-            staged, taken, waited_ns, _, _ = self._kernels.progress(self._stream, rank)
-            moved = (staged + taken) // self._io.size
-            self._io.note_flow(rank, moved - told[0], waited_ns - told[1])
-            self._told[rank] = moved, waited_ns
+    def moved(self, rank: int) -> Moved:
+        staged, taken, waited_ns, _, _ = self._kernels.progress(self._stream, rank)
+        nbytes = (staged + taken) // self.io.size
+        return Moved(nbytes, nbytes, 0, waited_ns)
 
-
-@lru_cache(maxsize=64)
-def _in_turn(size: int) -> bytes:
-    """Return the steps that add the parts in the order of their ranks."""
-    return packed((Step(0, 0, 1), *(Step(0, ~0, part) for part in range(2, size))))
-
-
-@lru_cache(maxsize=64)
-def packed(steps: tuple[Step, ...], ranks: tuple[int, ...] = ()) -> bytes:
-    """Return steps as the kernels read them; `ranks`: whose part each is, where it is not the rank's of its number."""
-    halves = (tuple(ranks[half] if ranks and half >= 0 else half for half in (step.left, step.right)) for step in steps)
-    return b"".join(struct.pack("=3i", step.out, *pair) for step, pair in zip(steps, halves, strict=True))
+    def restore(self) -> None:
+        self._kernels.restore(self._stream)

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from elastic_run.collectives import exact
 from elastic_run.collectives.algorithms.arithmetic import PIECE_BYTES
-from elastic_run.collectives.algorithms.streamed import Room, meet, packed
+from elastic_run.collectives.algorithms.flows import packed
+from elastic_run.collectives.algorithms.piped import reduced
+from elastic_run.collectives.algorithms.streamed import Room, meet
 from elastic_run.collectives.channel import Channel
 from elastic_run.collectives.dyadic import Block
 from elastic_run.collectives.errors import CollectiveMismatch
@@ -29,7 +31,12 @@ from elastic_run.collectives.operation import Algorithm
 from elastic_run.collectives.partition import slices
 from elastic_run.collectives.pending import Pending
 from elastic_run.collectives.reduction import Reduction, accumulator_dtype, combine, finish
-from elastic_run.collectives.selection import SHARED_ONCE_READ_BYTES_MAX, STREAM_BYTES_MIN, Method
+from elastic_run.collectives.selection import (
+    PIPE_MEMBERS_MAX,
+    SHARED_ONCE_READ_BYTES_MAX,
+    STREAM_BYTES_MIN,
+    Method,
+)
 
 PLACEMENT, STAGED, REDUCED, FIRST = 0, 1, 2, 3  # slots; passes of messages count from FIRST
 ALIGN_BYTES = 64
@@ -41,6 +48,8 @@ PASS_BYTES = 16 << 20
 def all_reduce(io: Channel, work: Exact) -> Algorithm:
     """Reduce everybody's partials into everybody's output."""
     placement = work.placement
+    if _may_stream(work):
+        io.queue_to_stream()  # before anything is waited for
     if work.one_host and placement is None and io.size > 1:
         # Memory can say itself what is in it. All choose alike, by what the partials of any placement stay below.
         wide = accumulator_dtype(work.output.dtype, work.reduction)
@@ -52,6 +61,7 @@ def all_reduce(io: Channel, work: Exact) -> Algorithm:
         placement = yield from _tell(io, work)
     method = work.choose(max(work.nbytes(blocks) for blocks in placement))
     if method is Method.EXCHANGE or io.size == 1:
+        io.leave_queue()
         yield from _exchange(io, work, placement)
     elif method in THROUGH_MEMORY:
         if _may_stream(work) and _even(work, placement):
@@ -60,8 +70,18 @@ def all_reduce(io: Channel, work: Exact) -> Algorithm:
                 yield from _stream(room, work, placement)
                 return
             room.leave()
+        io.leave_queue()
         yield from _shared(io, work, placement, whole=method is Method.SHARED_ONCE)
     else:
+        if io.size <= PIPE_MEMBERS_MAX and _may_stream(work) and _even(work, placement):
+            plan = exact.schedule(placement, work.world)
+            source, out, divisor = _flowing(work)
+            io.other_slots()
+            if (yield from reduced(io, source, out, packed(plan.steps, plan.bringers), divisor)):
+                _land(work, out)
+                return
+            io.other_slots()
+        io.leave_queue()
         yield from _messages(io, work, placement)
 
 
@@ -156,11 +176,16 @@ def _even(work: Exact, placement: Placement) -> bool:
 
 def _stream(room: Room, work: Exact, placement: Placement) -> Algorithm:
     plan = exact.schedule(placement, work.world)
+    source, out, divisor = _flowing(work)
+    yield from room.reduce(source, out, packed(plan.steps, plan.bringers), divisor)
+    _land(work, out)
+
+
+def _flowing(work: Exact) -> tuple[Tensor, Tensor, int]:
+    """Return the one partial, where its reduction goes, and what it is divided by."""
     (partial,) = work.partials.values()
     out = work.output if partial.data_ptr() == work.output.data_ptr() else _aside(work)
-    divisor = work.world if work.reduction is Reduction.AVG else 1
-    yield from room.reduce(partial, out, packed(plan.steps, plan.bringers), divisor)
-    _land(work, out)
+    return partial, out, work.world if work.reduction is Reduction.AVG else 1
 
 
 def _shared(io: Channel, work: Exact, placement: Placement | None, *, whole: bool) -> Algorithm:

@@ -77,6 +77,7 @@ class Algorithm(enum.IntEnum):
     Q8 = 8
     SHARED_ONCE = 9
     STREAMED = 10
+    PIPED = 11
 
 
 class State(enum.IntEnum):

@@ -11,14 +11,8 @@ from hypothesis import strategies as st
 
 from elastic_run.collectives import native
 from elastic_run.collectives.algorithms.arithmetic import reduce_parts
-from elastic_run.collectives.algorithms.streamed import (
-    ALIGN_BYTES,
-    CONTROL_BYTES,
-    DONE,
-    PAUSED,
-    STALE,
-    packed,
-)
+from elastic_run.collectives.algorithms.flows import DONE, PAUSED, in_turn, packed
+from elastic_run.collectives.algorithms.streamed import ALIGN_BYTES, CONTROL_BYTES, STALE
 from elastic_run.collectives.exact import Step
 from elastic_run.collectives.reduction import Reduction
 
@@ -101,10 +95,6 @@ def finish(streams: list[object], fd: int, limit_ns: int = 1_000_000) -> list[in
     for thread in threads:
         thread.join()
     return states
-
-
-def in_turn(size: int) -> bytes:
-    return packed((Step(0, 0, 1), *(Step(0, ~0, part) for part in range(2, size))))
 
 
 def drawn(dtype: torch.dtype, size: int, numel: int, seed: int) -> list[torch.Tensor]:
