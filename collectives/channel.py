@@ -59,6 +59,8 @@ class Channel:
         self._blocks: list[torch.Tensor] = []
         self._turn: Pending | None = None
         self._unfinished: Callable[[int], bool] | None = None
+        self.awaited: str | None = None
+        """The member that a stream waited for last."""
 
     @property
     def others(self) -> list[int]:
@@ -217,7 +219,8 @@ class Channel:
 
     def next_turn(self, rank: int) -> Pending:
         """Return what is done once the engine has looked at its connections; until then `rank` is waited for."""
-        pending = Pending(self.members[rank])
+        self.awaited = self.members[rank]
+        pending = Pending(self.awaited)
         self._group.mesh.engine.soon(pending.finish)
         return pending
 
@@ -239,8 +242,8 @@ class Channel:
     def pipes_of(self, rank: int) -> Pipes:
         return self._group.peer(rank).pipes
 
-    def far(self, rank: int) -> bool:
-        """Say whether several connections are better than one on the way to a member."""
+    def far(self, rank: int) -> bool | None:
+        """Say whether several connections are better than one on the way to a member; None: it is not known yet."""
         return self._group.peer(rank).far
 
     def other_slots(self) -> None:

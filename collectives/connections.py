@@ -207,6 +207,7 @@ class Connections(ABC):
         self._ungranted.clear()
         self._grants.clear()
         self._untaken_bytes = self._taken_bytes = 0
+        self.pipes.close_used()
 
     def clear_group(self, group: int) -> None:
         """Forget what came for a group that is over."""
@@ -240,6 +241,12 @@ class Connections(ABC):
         mesh, dial = self._mesh, self._mesh.options.dialler(endpoint, local=False, pipe=True)
         return self.pipes.to(group, lambda: PipeOut(mesh.engine, dial, mesh.worker, self.worker, mesh.secret))
 
+    def open_pipe(self, group: int) -> None:
+        """Dial the group's pipe before it is needed, where there will be one."""
+        pipe = self.pipe_to(group)
+        if pipe is not None:
+            pipe.users -= 1
+
     def _close_connections(self, *, keep_held: bool = False, keep_segments: bool = False) -> None:
         self._fading = None
         self._farewell = None
@@ -249,7 +256,8 @@ class Connections(ABC):
         for inbound in self._inbounds:
             inbound.close()
         self._inbounds.clear()
-        self.pipes.close(keep_arrived=keep_segments)
+        if not keep_held:  # else operations have said which ones they will use
+            self.pipes.close(keep_arrived=keep_segments)
         self._control.clear()
         self._segments_sent.clear()
         self.announced = 0

@@ -100,6 +100,8 @@ class Group:
             raise ValueError(
                 f"{method} goes through shared memory, and the members of {self.name!r} are on several hosts"
             )
+        elif method in selection.COMPILED and not data.numel():
+            method = Method.EXCHANGE
         algorithm = algorithms.ALL_REDUCE[method]
         signature = sign("all_reduce", data, reduction=reduction, method=method)
         return self._start(signature, lambda io: _then(algorithm(io, data, reduction), packed.unpack), timeout_s, sync)

@@ -268,7 +268,7 @@ class Inbound(GuardedSocket):
         self._sock = None
         try:
             self._greeter.take_pipe(self, sock, hello)
-        except ElasticError:
+        except (ElasticError, OSError):  # it is not welcome, or gone already
             sock.close()
             raise
 

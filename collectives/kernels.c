@@ -96,12 +96,11 @@ VECTORISED static void sum_bfloat16(uint16_t *out, const uint64_t *parts, int co
                 int l = steps[i].left, r = steps[i].right;                                                \
                 const TYPE *left = l >= 0 ? (const TYPE *)(const void *)parts[l] + start : buffers[~l];   \
                 const TYPE *right = r >= 0 ? (const TYPE *)(const void *)parts[r] + start : buffers[~r];  \
-                TYPE *into = buffers[steps[i].out];                                                       \
+                TYPE *into = i + 1 < count ? buffers[steps[i].out] : out + start;                         \
                 for (size_t k = 0; k < size; k++) into[k] = left[k] + right[k];                           \
             }                                                                                             \
             if (DIVIDE && divisor != 1.0)                                                                 \
-                for (size_t k = 0; k < size; k++) buffers[0][k] /= by;                                    \
-            memcpy(out + start, buffers[0], size * sizeof(TYPE));                                         \
+                for (size_t k = 0; k < size; k++) out[start + k] /= by;                                   \
         }                                                                                                 \
     }
 

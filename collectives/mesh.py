@@ -19,6 +19,7 @@ import weakref
 import zlib
 from collections.abc import Sequence
 
+from elastic_run.collectives import native
 from elastic_run.collectives.arena import Arena
 from elastic_run.collectives.connections import Connections
 from elastic_run.collectives.endpoint import DataView, Endpoint, this_host
@@ -33,6 +34,7 @@ from elastic_run.collectives.peer import Peer
 from elastic_run.collectives.pending import Pending
 from elastic_run.collectives.recording import Recorder, writer_of_this_process
 from elastic_run.collectives.scratch import ScratchPool
+from elastic_run.collectives.selection import PIPE_MEMBERS_MAX
 from elastic_run.runtime.protocol.errors import PeerError, PeerRefused
 from elastic_run.runtime.protocol.ids import check_name
 
@@ -176,6 +178,7 @@ class Mesh:
             peer.revive()
             if peer.connected:
                 peer.open()
+                self._open_pipe(peer)
             peer.announce()
         for peer in self._peers.values():
             if peer.announced > view.number:
@@ -191,6 +194,13 @@ class Mesh:
                     peer.endpoint = endpoint
                     peer.revive()
                 peer.open()
+                self._open_pipe(peer)
+
+    def _open_pipe(self, peer: Peer) -> None:
+        """Dial what the first large operation will need, where it goes through pipes: so it need not wait for that."""
+        may_need = native.kernels is not None and len(self._peers) < PIPE_MEMBERS_MAX
+        if may_need and peer.down is None and not peer.local and not peer.far:
+            peer.open_pipe(_identity(WORLD))
 
     def _check_open(self) -> None:
         if self._closed is not None:
@@ -212,7 +222,7 @@ class Mesh:
         workers = tuple(view.members[rank].worker for rank in chosen)
         if self.worker not in workers:
             raise ValueError(f"this worker, {self.worker}, is not in group {name!r}")
-        identity = zlib.crc32(name.encode()) or 1
+        identity = _identity(name)
         known = self._groups.get(identity)
         if known is not None:
             if known.name != name or known.members != workers:
@@ -230,6 +240,9 @@ class Mesh:
         lost = next((peer for peer in peers if peer is not None and peer.down is not None), None)
         if lost is not None:
             self._end_group(group, lost.left or CollectiveAborted(lost.down or "lost", lost.worker), told_by=lost)
+        ahead = next((peer for peer in peers if peer is not None and peer.announced > view.number), None)
+        if ahead is not None:
+            self._end_group(group, _moved_on(ahead), told_by=ahead)
         return group
 
     # Faults ----------------------------------------------------------------------------------------------------------
@@ -261,7 +274,7 @@ class Mesh:
 
     def peer_moved_on(self, peer: Connections, view: int) -> None:
         if view > self.view_number:
-            error = CollectiveAborted(f"{peer.worker} is in view {view} already")
+            error = _moved_on(peer)
             for group in [group for group in self._groups.values() if peer.worker in group.members]:
                 self._end_group(group, error, told_by=peer)
 
@@ -468,6 +481,14 @@ class Mesh:
         self.arena.close()
         for group in self._groups.values():
             group.abandon(CollectiveAborted(self._closed))
+
+
+def _moved_on(peer: Connections) -> CollectiveAborted:
+    return CollectiveAborted(f"{peer.worker} is in view {peer.announced} already")
+
+
+def _identity(group: str) -> int:
+    return zlib.crc32(group.encode()) or 1
 
 
 _MESHES: "weakref.WeakSet[Mesh]" = weakref.WeakSet()

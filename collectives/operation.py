@@ -148,6 +148,7 @@ class Operation:
         if self.finished:
             return
         culprit = self._countdown.slowest() if self._countdown is not None else None
+        culprit = culprit or self._channel.awaited  # between two slices nothing is waited for
         error = CollectiveTimeout(f"{self.name} did not end within {limit_s:g} s", culprit)
         self._channel.give_up(error)
         self.interrupt(error)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from elastic_run.collectives import wire
-from elastic_run.collectives.errors import CollectiveAborted, CollectiveMismatch
+from elastic_run.collectives.errors import CollectiveAborted
 from elastic_run.collectives.memory import tensor_of
 from elastic_run.collectives.messages import (
     EAGER_BYTES_MAX,
@@ -109,12 +109,7 @@ class Peer(Sending):
         what = (
             "another operation, type or algorithm" if check != waiting.check else f"{total} bytes instead of {expected}"
         )
-        error = CollectiveMismatch(
-            f"{self.worker} sent {what} where {self._mesh.worker} is at operation {key.sequence}"
-            f" of group {key.group:#x}: all members must call the same operations, with equal sizes and types, in the"
-            " same order"
-        )
-        self._fail_group(key.group, error)
+        self._fail_mismatch(key, what)
         return False
 
     def _fill(self, receive: Receive, arrived: Arrived) -> None:
@@ -163,6 +158,7 @@ class Peer(Sending):
                 posted.buffer[header.offset : header.offset + header.length] = target
             self._count(posted, header.length)
         elif posted is None:
+            self._compare(key, header.check)
             self.inbox.keep(key, Arrived(header.check, header.total, data=bytearray(target)))
         elif self._agrees(posted, key, header.check, header.total):
             raise FrameError(f"{self.worker} sent bytes where it was to show shared memory")

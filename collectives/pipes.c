@@ -83,6 +83,7 @@ static int receive(pump *p, int rank, int *waiting)
     for (int unit = 0; unit < TURN_UNITS && !over(w); unit++) {
         int part = is_part(w, p->window);
         if (part && w->part >= p->reduced + p->slots) return moved; /* no room: others are late */
+        if (!part && w->result >= p->out[rank].part) return moved; /* of what was not sent there, nor kept, yet */
         int owner = part ? p->rank : rank;
         size_t piece = part ? w->part : w->result, length = piece_length(p, owner, piece);
         char *to = part ? arrived(p, rank, piece) : p->target + place_of(p, owner, piece);
@@ -168,13 +169,18 @@ static enum state advance(pump *p, int fd, uint64_t limit_ns)
         way *ways[1 + 2 * MEMBERS_MAX];
         nfds_t count = 1;
         int moved = 0, left = 0, waiting;
+        size_t least = SIZE_MAX;
         fds[0] = (struct pollfd){.fd = fd, .events = POLLIN};
         for (int step = 1; step < p->size; step++) {
             int rank = (p->rank + step) % p->size, got = receive(p, rank, &waiting);
             if (got < 0) return p->broken = rank, BROKEN;
             moved |= got, left |= !over(&p->in[rank]);
             if (waiting) ways[count] = &p->in[rank], fds[count++] = (struct pollfd){.fd = p->in[rank].fd, .events = POLLIN};
-            if (waiting) p->blamed = rank;
+            /* Who is behind: whoever waits for that one sends up to WINDOW pieces more. */
+            if (waiting && p->in[rank].part + p->in[rank].result < least) {
+                least = p->in[rank].part + p->in[rank].result;
+                p->blamed = rank;
+            }
         }
         moved |= reduce(p);
         for (int step = 1; step < p->size; step++) {
@@ -221,7 +227,7 @@ PyObject *py_pump(PyObject *Py_UNUSED(module), PyObject *args)
     Py_ssize_t size = PyTuple_Size(descriptors);
     size_t itemsize = itemsize_of(type);
     pump *p = NULL;
-    if (size < 2 || size > MEMBERS_MAX || rank < 0 || rank >= size || !itemsize || nbytes <= 0 || piece <= 0 || window < 1 ||
+    if (size < 2 || size > MEMBERS_MAX || rank < 0 || rank >= size || !itemsize || nbytes < 0 || piece <= 0 || window < 1 ||
         piece % ALIGN || nbytes % (Py_ssize_t)itemsize || memory_bytes / piece / size < window + 1)
         goto wrong;
     p = calloc(1, sizeof *p);

@@ -1,8 +1,9 @@
-"""Byte streams between two workers for the compiled kernels: one way each, one per group, kept while nothing is torn.
+"""Byte streams between two workers for the compiled kernels: one way each, one per group, kept for a view.
 
 A pipe is a connection like the others, dialled and proved as they are, on a lane of its own; it begins with its number.
 Members tell each other by message on which of their pipes an operation's bytes will come, so nothing else has to be
 said on it. Between operations it is empty; an interrupted operation closes those it used, and the next dials new ones.
+So does a new view: whether the last operation was interrupted at the other end is not known at this one.
 A pipe that ends is no lost peer: the peer's other connections say whether that is gone.
 Invariants (tests/integration/test_piped.py): 1. no byte of an interrupted operation is ever read by another one;
 2. a pipe serves one operation at a time.
@@ -41,6 +42,8 @@ class PipeOut:
         self._target = target
         self._opening: list[Pending] = []  # one for each who waits
         self._opened = False
+        self.used = False
+        """Whether an operation may have sent on it."""
         self.failure: str | None = None
         """Why it cannot be used any more."""
         self.on_failure: list[Callable[[], None]] = []
@@ -56,6 +59,7 @@ class PipeOut:
 
     def opening(self) -> Pending:
         """Return what is done when it can be used, or `failure` says why not."""
+        self.used = True
         pending = Pending(self._target)
         self._opening.append(pending)
         if self._opened or self.failure is not None:
@@ -105,6 +109,8 @@ class PipeIn:
         self._read = b""
         self._on_number = on_number
         self.users = 0
+        self.ended = False
+        """Whether nothing will come but what is there."""
         engine.register(sock.fileno(), select.EPOLLIN | _END, self._on_event)
 
     @property
@@ -123,13 +129,6 @@ class PipeIn:
             self._sock.close()
             self._sock = None
 
-    def _is_empty(self) -> bool:
-        assert self._sock is not None
-        try:
-            return not self._sock.recv(1, socket.MSG_PEEK)
-        except OSError:
-            return True
-
     def _unwatch(self) -> None:
         if self._watched and self._sock is not None:
             self._watched = False
@@ -138,9 +137,11 @@ class PipeIn:
     def _on_event(self, events: int) -> None:
         assert self._sock is not None
         if self.number:
-            # Its end. What came before it is still to be read: whoever uses it, or will, finds the end there.
+            # Its end. What came before it is still to be read by who uses it. Who does not yet never will: the sender
+            # has ended well only if it has got something of everybody it sent to.
+            self.ended = True
             self._unwatch()
-            if not self.users and self._is_empty():
+            if not self.users:
                 self.close()
             return
         try:
@@ -194,6 +195,14 @@ class Pipes:
             self._expected.setdefault(number, []).append(pending)
         return pending
 
+    def forget(self, number: int, pending: Pending) -> None:
+        """Wait for that pipe no longer."""
+        waiting = self._expected.get(number, [])
+        if pending in waiting:
+            waiting.remove(pending)
+            if not waiting:
+                del self._expected[number]
+
     def find(self, number: int) -> PipeIn | None:
         return next((pipe for pipe in self._in if pipe.number == number and pipe.fd is not None), None)
 
@@ -203,6 +212,11 @@ class Pipes:
         if len(self._in) > 2 * PIPES_MAX:  # those that the peer has closed and nobody has read to the end count too
             raise PeerRefused(f"{self._worker} has {len(self._in)} pipes open already")
         self._in.append(PipeIn(self._engine, sock, self._numbered))
+
+    def close_used(self) -> None:
+        """A view has ended: of an operation that ended well here the peer may have closed the pipe half-way."""
+        for group in [group for group, pipe in self._out.items() if pipe.used]:
+            self._out.pop(group).close()
 
     def close(self, *, keep_arrived: bool = False) -> None:
         """`keep_arrived`: what the peer has sent can still be read."""

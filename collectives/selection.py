@@ -111,7 +111,7 @@ def choose_all_reduce(nbytes: int, layout: Layout, options: MeshOptions, *, wide
     members = len(layout.hosts)
     if method is not Method.PAIRWISE:
         return method
-    if streamable and nbytes >= PIPE_BYTES_MIN and members <= PIPE_MEMBERS_MAX and layout.one_each:
+    if streamable and nbytes >= PIPE_BYTES_MIN and 1 < members <= PIPE_MEMBERS_MAX and layout.one_each:
         return Method.PIPED
     if members == 2 and nbytes <= options.scratch_bytes:
         return Method.EXCHANGE

@@ -8,7 +8,7 @@ import time
 from elastic_run.collectives import wire
 from elastic_run.collectives.arena import Region
 from elastic_run.collectives.connections import Connections
-from elastic_run.collectives.errors import CollectiveAborted, CollectiveError
+from elastic_run.collectives.errors import CollectiveAborted, CollectiveError, CollectiveMismatch
 from elastic_run.collectives.memory import copy
 from elastic_run.collectives.messages import EAGER_BYTES_MAX, KEPT_OVERHEAD_BYTES, UNTAKEN_BYTES_MAX, Key, Send
 from elastic_run.collectives.outbound import Item, round_trip_s
@@ -43,6 +43,23 @@ class Sending(Connections):
             self._gated(Item([wire.pack(self._header(Kind.OFFER, key, send.check, total))]))
         else:
             self.open()
+            arrived = self.inbox.arrived.get(key)
+            if arrived is not None:
+                self._compare(key, arrived.check)
+
+    def _compare(self, key: Key, check: int) -> None:
+        """Members that only send large messages to each other wait for grants: what else came tells if they differ."""
+        send = self._ungranted.get(key)
+        if send is not None and send.check != check:
+            self._fail_mismatch(key, "another operation, type or algorithm")
+
+    def _fail_mismatch(self, key: Key, what: str) -> None:
+        error = CollectiveMismatch(
+            f"{self.worker} sent {what} where {self._mesh.worker} is at operation {key.sequence}"
+            f" of group {key.group:#x}: all members must call the same operations, with equal sizes and types, in the"
+            " same order"
+        )
+        self._fail_group(key.group, error)
 
     def _may_go_at_once(self, key: Key, total: int) -> bool:
         """Say whether the peer will keep a small message until it is received, and count it."""
@@ -102,13 +119,13 @@ class Sending(Connections):
                     self._dial(lane)
 
     @property
-    def far(self) -> bool:
-        """Whether one connection cannot fill the path, as far as is known."""
-        first = self._lanes.get(0)
-        if first is None or first.socket is None or not first.ready:
-            return False
+    def far(self) -> bool | None:
+        """Whether one connection cannot fill the path; None: nothing is known of it yet."""
         if self.endpoint is not None and self.endpoint.host == self._my_host:
             return False  # a long round trip within a host is a wait for the processor
+        first = self._lanes.get(0)
+        if first is None or first.socket is None or not first.ready:
+            return None
         if self._round_trip_s is None or self._round_trip_s < WIDE_ROUND_TRIP_S:
             self._round_trip_s = round_trip_s(first.socket)
         return self._round_trip_s >= WIDE_ROUND_TRIP_S

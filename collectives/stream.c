@@ -209,10 +209,14 @@ static enum state advance(stream *s, int fd, uint64_t limit_ns)
             goto next;
         }
         /* No further ahead than slots: so a slot of this member's was read by all that had to before it is written. */
-        if (s->staged < s->chunks && s->staged < s->taken + s->slots &&
-            (s->staged < s->slots || late(s, REDUCED, s->staged + 1 - s->slots) < 0)) {
-            stage(s);
-            goto next;
+        if (s->staged < s->chunks && s->staged < s->taken + s->slots) {
+            int reader = s->staged < s->slots ? -1 : late(s, REDUCED, s->staged + 1 - s->slots);
+            if (reader < 0) {
+                stage(s);
+                goto next;
+            }
+            /* Only counts that go back, as of memory that was given away, leave nothing else to wait for. */
+            if (rank < 0) rank = reader, which = REDUCED, value = s->staged + 1 - s->slots;
         }
         if (slow >= 0 && (rank < 0 || s->staged == s->chunks)) rank = slow, which = REDUCED, value = s->taken + 1;
         s->blamed = rank;
@@ -253,7 +257,7 @@ PyObject *py_stream(PyObject *Py_UNUSED(module), PyObject *args)
     Py_ssize_t size = PyTuple_Size(regions);
     size_t itemsize = itemsize_of(type);
     stream *s = NULL;
-    if (size < 2 || size > MEMBERS_MAX || rank < 0 || rank >= size || !itemsize || nbytes <= 0 || chunk <= 0 || slots < 2 ||
+    if (size < 2 || size > MEMBERS_MAX || rank < 0 || rank >= size || !itemsize || nbytes < 0 || chunk <= 0 || slots < 2 ||
         header < 0 || chunk % ALIGN || header % ALIGN || nbytes % (Py_ssize_t)itemsize || undo % 16)
         goto wrong;
     s = calloc(1, sizeof *s);

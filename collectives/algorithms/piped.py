@@ -27,6 +27,7 @@ from elastic_run.collectives.reduction import Reduction, accumulator_dtype
 from elastic_run.collectives.selection import Method, choose_all_reduce
 
 MEET = 0  # slot
+CANNOT, UNSURE = 0, -1  # said in place of a pipe's number
 PIECE_BYTES = 64 << 10
 """Lower: more system calls; higher: less stays in cache."""
 WINDOW = 2
@@ -47,7 +48,7 @@ def all_reduce(io: Channel, data: Tensor, reduction: Reduction) -> Algorithm:
     method = choose_all_reduce(
         data.numel() * data.element_size(), io.layout, io.options, widened=widened, streamable=False
     )
-    yield from _OTHERWISE[method](io, data, reduction)
+    yield from _OTHERWISE.get(method, pairwise.all_reduce)(io, data, reduction)
 
 
 def reduced(
@@ -59,22 +60,23 @@ def reduced(
     """
     io.queue_to_stream()
     kernels = native.kernels
-    wanted = {} if kernels is None or any(map(io.far, io.others)) else {rank: io.pipe_to(rank) for rank in io.others}
-    with _Lines(io, {rank: pipe for rank, pipe in wanted.items() if pipe is not None}) as lines:
-        numbers = yield from _meet(io, lines.outs)
+    with _Lines(io) as lines:
+        numbers = yield from lines.meet()
         if kernels is None or not numbers:
             io.leave_queue()
             lines.whole = True
             return False
         yield [io.turn_to_stream(lambda _rank: True), *lines.opening(numbers)]
-        flow = PipeFlow(io, kernels, lines.outs, lines.arrived(numbers))
+        broken = lines.take(numbers)
+        if broken is not None:
+            yield from _torn(io, broken, lines.outs[broken].failure or "its pipe was closed")
+        flow = PipeFlow(io, kernels, lines.outs, lines.ins)
         flow.begin(source, target, steps, divisor)
         io.stream_on(flow.unfinished)
         try:
             yield from run(io, flow)
             if flow.broken is not None:
-                yield [io.moment(flow.broken, EXPLANATION_S)]
-                raise CollectiveAborted("its pipe broke", io.members[flow.broken])
+                yield from _torn(io, flow.broken, "its pipe broke")
         except BaseException:
             flow.restore()
             raise
@@ -82,15 +84,22 @@ def reduced(
     return True
 
 
+def _torn(io: Channel, rank: int, reason: str) -> Algorithm:
+    """Blame a member, unless somebody knows better."""
+    yield [io.moment(rank, EXPLANATION_S)]
+    raise CollectiveAborted(reason, io.members[rank])
+
+
 class _Lines:
     """The pipes of one operation: given back at its end, or closed when something may be under way on them."""
 
-    def __init__(self, io: Channel, outs: dict[int, PipeOut]) -> None:
-        self.outs = outs
+    def __init__(self, io: Channel) -> None:
+        self.outs: dict[int, PipeOut] = {}
         self.ins: dict[int, PipeIn] = {}
         self.whole = False
         self._io = io
         self._awaited: list[Pending] = []
+        self._arriving: dict[int, tuple[int, Pending]] = {}
 
     def __enter__(self) -> "_Lines":
         return self
@@ -104,41 +113,72 @@ class _Lines:
                 pipe.close()
         for arrived in self.ins.values():
             arrived.users -= 1
-            if not self.whole:
+            if arrived.ended or not self.whole:
                 arrived.close()
+        for rank, (number, pending) in self._arriving.items():
+            self._io.pipes_of(rank).forget(number, pending)
+
+    def meet(self) -> Generator[Sequence[Pending], None, dict[int, int]]:
+        """Tell everybody on which pipe this member's bytes come; return the same of the others; nothing if one cannot.
+
+        Where somebody does not know the way yet, it is known after that, and all say it again.
+        """
+        io = self._io
+        for last in (False, True):
+            said = dict.fromkeys(io.others, CANNOT) if native.kernels is None else self._dial(last)
+            heard = torch.empty(io.size, dtype=torch.int64)
+            for rank in io.others:
+                io.send(rank, MEET, torch.tensor([said[rank]]))
+            yield [io.receive(rank, MEET, heard[rank : rank + 1]) for rank in io.others]
+            numbers = {rank: int(heard[rank]) for rank in io.others}
+            if UNSURE not in (*said.values(), *numbers.values()):
+                break
+            io.other_slots()
+        return numbers if CANNOT not in (*said.values(), *numbers.values()) else {}
+
+    def _dial(self, last: bool) -> dict[int, int]:
+        """Return what to say to each: a number, or why there is none."""
+        io = self._io
+        far = [io.far(rank) for rank in io.others]
+        if any(far):
+            return dict.fromkeys(io.others, CANNOT)
+        if None in far and not last:
+            return dict.fromkeys(io.others, UNSURE)
+        for rank in io.others:
+            pipe = self.outs.get(rank) or io.pipe_to(rank)
+            if pipe is None:
+                return dict.fromkeys(io.others, CANNOT)
+            self.outs[rank] = pipe
+        return {rank: pipe.number for rank, pipe in self.outs.items()}
 
     def opening(self, numbers: dict[int, int]) -> list[Pending]:
         """Return what is done when all pipes are there, or one is known not to come."""
-        self._awaited = [self._io.pipes_of(rank).arrival(number) for rank, number in numbers.items()]
+        pipes_of = self._io.pipes_of
+        self._arriving = {rank: (number, pipes_of(rank).arrival(number)) for rank, number in numbers.items()}
+        self._awaited = [pending for _, pending in self._arriving.values()]
         self._awaited += [pipe.opening() for pipe in self.outs.values()]
         for pipe in self.outs.values():
             pipe.on_failure.append(self._give_up)
+        if any(pipe.failure is not None for pipe in self.outs.values()):  # while the members met
+            self._give_up()
         return self._awaited
 
-    def arrived(self, numbers: dict[int, int]) -> dict[int, PipeIn]:
-        """Return the pipes from all others. Raises CollectiveAborted."""
+    def take(self, numbers: dict[int, int]) -> int | None:
+        """Take the pipes from all others; else return whose pipe is the reason why it cannot be done."""
+        broken = next((rank for rank in numbers if self.outs[rank].failure is not None), None)
+        if broken is not None:
+            return broken  # one that has not arrived may still be on its way
         for rank, number in numbers.items():
             found = self._io.pipes_of(rank).find(number)
-            if found is None or self.outs[rank].failure is not None:
-                raise CollectiveAborted(self.outs[rank].failure or "its pipe was closed", self._io.members[rank])
+            if found is None:
+                return rank
             found.users += 1
             self.ins[rank] = found
-        return self.ins
+        return None
 
     def _give_up(self) -> None:
         for pending in self._awaited:
             pending.finish()
-
-
-def _meet(io: Channel, outs: dict[int, PipeOut]) -> Generator[Sequence[Pending], None, dict[int, int]]:
-    """Tell everybody on which pipe this member's bytes come; return the same of the others; nothing if one cannot."""
-    able = len(outs) == len(io.others)
-    heard = torch.empty(io.size, dtype=torch.int64)
-    for rank in io.others:
-        io.send(rank, MEET, torch.tensor([outs[rank].number if able else 0]))
-    yield [io.receive(rank, MEET, heard[rank : rank + 1]) for rank in io.others]
-    numbers = {rank: int(heard[rank]) for rank in io.others}
-    return numbers if able and all(numbers.values()) else {}
 
 
 class PipeFlow(Flow):

@@ -27,7 +27,7 @@ from elastic_run.collectives.pending import Pending
 from elastic_run.collectives.recording import Moved
 from elastic_run.collectives.reduction import Reduction
 
-MET = 2  # slot; the other algorithms, when this one cannot be taken, begin at 0
+MET = 0  # slot: where every operation begins, so that members who mean different ones see it
 SLOTS = 4
 """Chunks a member may be ahead. Fewer: members wait for each other; more: less stays in the caches."""
 CHUNK_BYTES_MIN, CHUNK_BYTES_MAX = 64 << 10, 256 << 10
@@ -47,6 +47,7 @@ def all_reduce(io: Channel, data: Tensor, reduction: Reduction) -> Algorithm:
         yield from room.reduce(data, data, in_turn(io.size), divisor)
         return
     room.leave()
+    io.other_slots()
     if nbytes <= io.options.arena_bytes // 4:
         yield from shared.all_reduce(io, data, reduction)
     else:

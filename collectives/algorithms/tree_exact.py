@@ -38,7 +38,9 @@ from elastic_run.collectives.selection import (
     Method,
 )
 
-PLACEMENT, STAGED, REDUCED, FIRST = 0, 1, 2, 3  # slots; passes of messages count from FIRST
+PLACEMENT, STAGED, REDUCED, FIRST = 0, 0, 1, 0  # slots; passes of messages count from FIRST
+"""Each way begins at slot 0, as every operation does, so that members who mean different ones see it; `other_slots` lie
+between what members tell each other and the way they then go."""
 ALIGN_BYTES = 64
 THROUGH_MEMORY = (Method.SHARED, Method.SHARED_ONCE)
 PASS_BYTES = 16 << 20
@@ -59,6 +61,7 @@ def all_reduce(io: Channel, work: Exact) -> Algorithm:
             return
     if placement is None:
         placement = yield from _tell(io, work)
+        io.other_slots()
     method = work.choose(max(work.nbytes(blocks) for blocks in placement))
     if method is Method.EXCHANGE or io.size == 1:
         io.leave_queue()
@@ -70,13 +73,13 @@ def all_reduce(io: Channel, work: Exact) -> Algorithm:
                 yield from _stream(room, work, placement)
                 return
             room.leave()
+            io.other_slots()
         io.leave_queue()
         yield from _shared(io, work, placement, whole=method is Method.SHARED_ONCE)
     else:
         if io.size <= PIPE_MEMBERS_MAX and _may_stream(work) and _even(work, placement):
             plan = exact.schedule(placement, work.world)
             source, out, divisor = _flowing(work)
-            io.other_slots()
             if (yield from reduced(io, source, out, packed(plan.steps, plan.bringers), divisor)):
                 _land(work, out)
                 return
@@ -160,6 +163,7 @@ def _here(io: Channel, work: Exact, method: Method) -> Algorithm:
         yield from _stream(room, work, placement)
     else:
         room.leave()
+        io.other_slots()
         method = work.choose(max(map(work.nbytes, placement)))
         yield from _shared(io, work, placement, whole=method is not Method.SHARED)
 

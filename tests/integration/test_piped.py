@@ -4,20 +4,23 @@ import contextlib
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Sequence
 
 import pytest
 import torch
+from disagreeing import MOST, disagree
 from hostile_peer import dial
-from mesh_workers import SECRET, Crew, Site, run
+from mesh_workers import SECRET, Crew, Site, run, until
 
 from elastic_run.collectives import native
+from elastic_run.collectives.algorithms.flows import DONE, PAUSED
 from elastic_run.collectives.dyadic import blocks_of
 from elastic_run.collectives.errors import CollectiveAborted
 from elastic_run.collectives.handshake import PIPE_LANE
 from elastic_run.collectives.options import MeshOptions
-from elastic_run.collectives.pipes import PIPES_MAX
+from elastic_run.collectives.pipes import PIPES_MAX, PipeOut, Pipes
 from elastic_run.collectives.reduction import Reduction
 from elastic_run.collectives.selection import Method
 
@@ -107,16 +110,21 @@ def test_pipes_of_two_groups_begun_in_different_orders_end() -> None:
     run(3, program, TCP)
 
 
-def test_pipes_outlive_views_and_groups_have_their_own() -> None:
+def test_pipes_outlive_operations_and_views_and_groups_have_their_own() -> None:
     def program(site: Site) -> None:
-        seen = []
+        seen = set()
         for number in range(1, 5):
             group = site.install(number)
-            ones = torch.ones(100_000)
-            group.all_reduce([ones]).wait(30)
-            assert torch.equal(ones, torch.full_like(ones, 2.0))
-            seen.append(pipes_here(site))
-        assert seen == [seen[0]] * 4
+            for _ in range(3):
+                ones = torch.ones(100_000)
+                group.all_reduce([ones]).wait(30)
+                assert torch.equal(ones, torch.full_like(ones, 2.0))
+            group.barrier().wait(30)
+            (pipe,), opened = pipes_here(site)
+            group.barrier().wait(30)
+            assert opened == 1
+            seen.add(pipe)
+        assert len(seen) == 4
         other = site.mesh.group("other", [0, 1])
         other.all_reduce([torch.ones(100_000)]).wait(30)
         assert len(pipes_here(site)[0]) == 2
@@ -306,3 +314,181 @@ def _open(sock: socket.socket) -> bool:
         return True
     except OSError:
         return False
+
+
+def test_who_was_prepared_for_has_its_pipes_before_the_view() -> None:
+    def program(site: Site) -> None:
+        others = [endpoint for rank, endpoint in enumerate(site.endpoints) if rank != site.rank]
+        if site.rank < 2:
+            site.install(1, [0, 1])
+        site.mesh.prepare(others)
+        deadline = time.monotonic() + 30
+        while len(pipes_here(site)[0]) < 2:
+            assert time.monotonic() < deadline, "pipes of those that prepare for us"
+            time.sleep(0.01)
+        before = pipes_here(site)
+        group = site.install(2)
+        ones = torch.ones(100_000)
+        group.all_reduce([ones]).wait(30)
+        assert torch.equal(ones, torch.full_like(ones, 3.0))
+        group.barrier().wait(30)
+        assert pipes_here(site) == before, "they are the ones that are used"
+        group.barrier().wait(30)
+
+    run(3, program, TCP)
+
+
+class Lingering(Replaced):
+    """The kernels of a member that does not see the end of its operation, while the other one does."""
+
+    def __init__(self, kernels: object) -> None:
+        super().__init__(kernels, self.advance)
+        self.ended = threading.Event()
+
+    def advance(self, pump: object, fd: int, _limit_ns: int) -> tuple[int, int]:
+        state, rank = self.kernels.pump_advance(pump, fd, 1_000_000)  # type: ignore[attr-defined]
+        if state == DONE:
+            self.ended.set()
+            time.sleep(0.001)
+        return PAUSED, rank
+
+
+def test_an_operation_interrupted_at_one_end_only_does_not_break_the_next_view() -> None:
+    """What ended well here was given up there: that pipe is closed, and whoever sent on it does not know."""
+
+    def program(site: Site) -> None:
+        group = site.install()
+        data = torch.ones(100_000)
+        kernels = native.kernels
+        if site.rank == 0:
+            group.all_reduce([data]).wait(30)
+            site.tell("ended well")
+            assert site.hear() == "go on"
+            group = site.install(2)
+            data = torch.ones(100_000)
+            operation = group.all_reduce([data])
+            until(lambda: operation.begun)
+            site.mesh.engine.call(lambda: None)
+            site.tell("waits for the other one")
+        else:
+            native.kernels = lingering = Lingering(kernels)  # type: ignore[assignment]
+            operation = group.all_reduce([data])
+            assert lingering.ended.wait(30)
+            assert site.hear() == "go on"
+            group = site.install(2)
+            native.kernels = kernels
+            assert isinstance(operation.error, CollectiveAborted)
+            assert torch.equal(data, torch.ones(100_000))
+            operation = group.all_reduce([data])
+        operation.wait(30)
+        assert torch.equal(data, torch.full_like(data, 2.0))
+
+    with Crew(2, program, TCP) as crew:
+        assert crew.hear(0) == "ended well"
+        crew.tell(0, "go on")
+        assert crew.hear(0) == "waits for the other one"
+        crew.tell(1, "go on")
+        crew.results()
+
+
+def test_who_closed_its_pipe_is_blamed_and_not_who_is_still_dialling() -> None:
+    def program(site: Site) -> None:
+        if site.rank == 1:
+            PipeOut.next_item = lambda _pipe, _lane: None  # type: ignore[method-assign]  # never says its number
+        if site.rank == 2:
+            Pipes._numbered = lambda _pipes, pipe: pipe.close()  # type: ignore[method-assign]
+        group = site.install()
+        data = drawn(site.rank, 100_000, torch.float32)
+        before = data.clone()
+        with pytest.raises(CollectiveAborted) as aborted:
+            group.all_reduce([data]).wait(30)
+        assert site.rank != 0 or aborted.value.culprit == "w2"
+        assert same(data, before)
+        group = site.install(2)
+        group.barrier().wait(30)
+        assert not any(peer.pipes._expected for peer in site.mesh._peers.values()), "nobody waits for them any more"
+        assert site.mesh.groups_streaming == 0
+
+    run(3, program, TCP)
+
+
+@pytest.mark.parametrize("in_use", [False, True])
+def test_a_pipe_that_ended_is_closed_once_nobody_reads_it(in_use: bool) -> None:
+    """Also with bytes that nobody has read: those of an operation that was interrupted here before it began to read."""
+
+    def program(site: Site) -> None:
+        group = site.install()
+        group.all_reduce([torch.ones(100_000)]).wait(30)
+        group.barrier().wait(30)
+        peer = next(iter(site.mesh._peers.values()))
+        (arrived,) = peer.pipes._in
+        (opened,) = peer.pipes._out.values()
+        arrived.users += in_use
+        group.barrier().wait(30)
+
+        def end() -> None:
+            assert opened.fd is not None
+            os.write(opened.fd, b"bytes of an operation that was given up")
+            opened.close()
+
+        site.mesh.engine.call(end)
+        if in_use:
+            until(lambda: arrived.ended)
+            assert arrived.fd is not None, "what came is still to be read"
+        else:
+            until(lambda: arrived.fd is None)
+        group.barrier().wait(30)
+
+    run(2, program, TCP)
+
+
+def test_where_memory_is_shared_and_one_lacks_the_kernels_pipes_give_way_to_messages() -> None:
+    def program(site: Site) -> None:
+        if site.rank == 1:
+            native.kernels = None
+        group = site.install()
+        for numel in (10, 50_000, 1_000_000):
+            ones = torch.ones(numel)
+            group.all_reduce([ones], method=Method.PIPED).wait(30)
+            assert torch.equal(ones, torch.full_like(ones, 3.0))
+
+    run(3, program)
+
+
+def test_nothing_and_what_lies_askew_can_be_piped() -> None:
+    def program(site: Site) -> None:
+        group = site.install()
+        group.all_reduce([torch.empty(0)], method=Method.PIPED).wait(30)
+        whole = torch.ones(100_001)
+        group.all_reduce([whole[1:]], Reduction.AVG).wait(30)
+        group.all_reduce([whole[1:]]).wait(30)
+        assert torch.equal(whole, torch.tensor([1.0] + [3.0] * 100_000))
+
+    run(3, program, TCP)
+
+
+@pytest.mark.parametrize("most", sorted(MOST))
+def test_a_member_that_means_something_else_is_told(most: str) -> None:
+    disagree(most, TCP)
+
+
+def test_when_time_runs_out_the_one_that_stood_still_is_named() -> None:
+    def program(site: Site) -> str | None:
+        group = site.install()
+        data = drawn(site.rank, LARGE, torch.float32)
+        group.barrier().wait(30)
+        site.tell("ready")
+        while True:
+            before = data.clone()
+            try:
+                group.all_reduce([data], Reduction.AVG, timeout_s=1.0).wait(30)
+            except CollectiveAborted as aborted:
+                assert same(data, before)
+                return aborted.culprit
+
+    with Crew(3, program, TCP) as crew:
+        for rank in range(3):
+            assert crew.hear(rank) == "ready"
+        time.sleep(0.3)  # so that they are in the middle of something
+        os.kill(crew.pid(2), signal.SIGSTOP)
+        assert [crew.result(rank) for rank in (0, 1)] == ["w2", "w2"]

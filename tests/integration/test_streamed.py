@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from disagreeing import MOST, disagree
 from mesh_workers import Crew, Site, run
 
 from elastic_run.collectives import native
@@ -137,11 +138,17 @@ def test_a_stopped_member_that_goes_on_hears_that_it_is_out() -> None:
     def program(site: Site) -> str:
         group = site.install()
         data = drawn(site.rank, LARGE, torch.float32)
+        group.barrier().wait(30)
         site.tell("ready")
         try:
             while not site.pipe.poll():
                 before = data.clone()
-                group.all_reduce([data], Reduction.AVG).wait(60)
+                operation = group.all_reduce([data], Reduction.AVG)
+                while not operation.finished and not site.pipe.poll(0.001):
+                    pass
+                if not operation.finished:
+                    site.mesh.interrupt("another view comes")
+                operation.wait(30)
         except CollectiveAborted:
             assert same(data, before)
             if site.rank == 2:
@@ -160,10 +167,10 @@ def test_a_stopped_member_that_goes_on_hears_that_it_is_out() -> None:
     with Crew(3, program) as crew:
         for rank in range(3):
             assert crew.hear(rank) == "ready"
+        time.sleep(0.3)  # so that they are in the middle of something
         os.kill(crew.pid(2), signal.SIGSTOP)
         for rank in (0, 1):
             crew.tell(rank, "move on")
-        # The one that hears it between two operations installs the view, which takes the other one along.
         for rank in (0, 1):
             assert crew.hear(rank) == "done"
         os.kill(crew.pid(2), signal.SIGCONT)
@@ -198,3 +205,42 @@ def test_the_default_for_large_values_on_one_host() -> None:
             group.all_reduce([large], Reduction.MAX, method=Method.STREAMED)
 
     run(2, program)
+
+
+def test_nothing_and_what_lies_askew_can_be_streamed() -> None:
+    def program(site: Site) -> None:
+        group = site.install()
+        group.all_reduce([torch.empty(0)], method=Method.STREAMED).wait(30)
+        whole = torch.ones(100_001)
+        group.all_reduce([whole[1:]], Reduction.AVG).wait(30)
+        group.all_reduce([whole[1:]]).wait(30)
+        assert torch.equal(whole, torch.tensor([1.0] + [3.0] * 100_000))
+
+    run(3, program)
+
+
+@pytest.mark.parametrize("most", sorted(MOST))
+def test_a_member_that_means_something_else_is_told(most: str) -> None:
+    disagree(most)
+
+
+def test_when_time_runs_out_the_one_that_stood_still_is_named() -> None:
+    def program(site: Site) -> str | None:
+        group = site.install()
+        data = drawn(site.rank, LARGE, torch.float32)
+        group.barrier().wait(30)
+        site.tell("ready")
+        while True:
+            before = data.clone()
+            try:
+                group.all_reduce([data], Reduction.AVG, timeout_s=1.0).wait(30)
+            except CollectiveAborted as aborted:
+                assert same(data, before)
+                return aborted.culprit
+
+    with Crew(3, program) as crew:
+        for rank in range(3):
+            assert crew.hear(rank) == "ready"
+        time.sleep(0.3)  # so that they are in the middle of something
+        os.kill(crew.pid(2), signal.SIGSTOP)
+        assert [crew.result(rank) for rank in (0, 1)] == ["w2", "w2"]

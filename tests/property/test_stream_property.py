@@ -211,7 +211,7 @@ def test_something_readable_ends_the_slice() -> None:
         {"chunk": 100},
         {"chunk": 0},
         {"slots": 1},
-        {"nbytes": 0},
+        {"nbytes": -4},
         {"nbytes": 6},
         {"undo": 8},
         {"header": -64},
@@ -240,3 +240,28 @@ def test_a_stream_that_cannot_be_is_refused(wrong: dict[str, object]) -> None:
     }
     with pytest.raises(ValueError, match="no such stream"):
         kernels.stream(*(arguments | wrong).values())  # type: ignore[arg-type]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    size=st.integers(2, 4),
+    numel=st.integers(500, 4000),
+    slots=st.integers(2, 4),
+    counts=st.lists(st.tuples(st.integers(0, 12), st.integers(-3, 60)), min_size=1, max_size=12),
+)
+def test_whatever_a_member_counts_nothing_else_is_touched(
+    quiet_fd: int, size: int, numel: int, slots: int, counts: list[tuple[int, int]]
+) -> None:
+    """Counts of all others are anything, and go back: as of a member that lies, or of memory that was given away."""
+    assert kernels is not None
+    members, streams = crowd(drawn(torch.float32, size, numel, 1), 256, slots, in_turn(size), 1.0, in_place=True)
+    for turns, count in counts:
+        for other in members[1:]:
+            other.region[4:16].view(torch.int32).fill_(count)
+        for _ in range(turns):
+            kernels.advance(streams[0], quiet_fd, 0)
+        blamed = kernels.progress(streams[0], 0)[4]
+        assert 0 < blamed < size, "it waits for another member"
+    kernels.restore(streams[0])
+    assert same(members[0].source, members[0].given)
+    assert torch.equal(*members[0].beyond)

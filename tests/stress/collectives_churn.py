@@ -40,6 +40,7 @@ from elastic_run.runtime.protocol.errors import ElasticError
 
 SECRET = b"a secret of the churning workers"
 MEMBERS_MIN, MEMBERS_MAX = 2, 5
+GROUP_NAMES = ("world", "reversed", "parity-0", "parity-1")
 NUMELS = (7, 3_000, 100, 60_000, 1, 400_000, 20_000, 1_500_000)
 IN_FLIGHT = 4
 HUNG_S = 45.0  # nothing takes so long on a busy machine
@@ -159,6 +160,8 @@ class Worker:
         peers = self.mesh._peers.values()
         ends = [lane.socket for peer in peers for lane in peer._lanes.values()]
         ends += [inbound._sock for peer in peers for inbound in peer._inbounds]
+        ends += [pipe._outbound.socket for peer in peers for pipe in peer.pipes._out.values()]
+        ends += [pipe._sock for peer in peers for pipe in peer.pipes._in]
         sockets = [sock for sock in ends if sock is not None]
         if sockets:
             sock = self.random.choice(sockets)
@@ -249,7 +252,8 @@ class Worker:
             self.mesh.engine.call(look)
             time.sleep(0.01)
         sockets = footprint()["sockets"] - self.before["sockets"]
-        expected = 2 + 2 * (len(self.chapter.members) - 1)
+        each_way = 1 + (0 if self.mesh.options.shared_memory else len(GROUP_NAMES))  # a pipe for each group
+        expected = 2 + 2 * each_way * (len(self.chapter.members) - 1)
         if held_bytes[0] or sockets > expected:
             return f"in use while idle: {held_bytes[0]} bytes of shared memory, {sockets} sockets, at most {expected}"
         return None
