@@ -15,11 +15,10 @@ import select
 import socket
 import struct
 import threading
-import weakref
 import zlib
 from collections.abc import Sequence
 
-from elastic_run.collectives import native
+from elastic_run.collectives import forking, native
 from elastic_run.collectives.arena import Arena
 from elastic_run.collectives.connections import Connections
 from elastic_run.collectives.endpoint import DataView, Endpoint, this_host
@@ -88,7 +87,7 @@ class Mesh:
             raise PeerError(f"cannot begin to listen: {error}") from None
         self.recorder = None if writer is None else Recorder(writer, self.engine)
         self.engine.call(self._start_listening)
-        _MESHES.add(self)
+        forking.watch(self)
 
     # For any thread --------------------------------------------------------------------------------------------------
 
@@ -143,7 +142,7 @@ class Mesh:
             if self._leaving:
                 return
             self._leaving = True
-        _MESHES.discard(self)
+        forking.ended(self)
         try:
             if not self.engine.driven_here and not self.engine.closed:
                 self.engine.call(lambda: self._leave(reason))
@@ -489,15 +488,3 @@ def _moved_on(peer: Connections) -> CollectiveAborted:
 
 def _identity(group: str) -> int:
     return zlib.crc32(group.encode()) or 1
-
-
-_MESHES: "weakref.WeakSet[Mesh]" = weakref.WeakSet()
-
-
-def _abandon_all() -> None:
-    for mesh in list(_MESHES):
-        mesh.abandon()
-    _MESHES.clear()
-
-
-os.register_at_fork(after_in_child=_abandon_all)
