@@ -492,3 +492,29 @@ def test_when_time_runs_out_the_one_that_stood_still_is_named() -> None:
         time.sleep(0.3)  # so that they are in the middle of something
         os.kill(crew.pid(2), signal.SIGSTOP)
         assert [crew.result(rank) for rank in (0, 1)] == ["w2", "w2"]
+
+
+def test_who_leaves_right_after_an_operation_has_given_everything() -> None:
+    """Its goodbye comes on another connection, before the last bytes on its pipes were read."""
+
+    def program(site: Site) -> None:
+        group = site.install()
+        if site.rank == 2:
+            original = native.kernels.pump_advance  # type: ignore[union-attr]
+            turns = []
+
+            def slowly(pump: object, fd: int, limit_ns: int) -> tuple[int, int]:
+                turns.append(fd)
+                state: tuple[int, int] = original(pump, fd, limit_ns)
+                if len(turns) < 50:
+                    time.sleep(0.005)
+                return state
+
+            native.kernels = Replaced(native.kernels, slowly)  # type: ignore[assignment]
+        for _ in range(3):
+            ones = torch.ones(400_000)
+            group.all_reduce([ones]).wait(30)
+            assert torch.equal(ones, torch.full_like(ones, 3.0))
+
+    for _ in range(5):
+        run(3, program, TCP)
