@@ -27,7 +27,7 @@ class MeshOptions:
     arena_bytes: int = 1 << 30
     """Shared memory of this worker; more is taken only where the oldest operation of a group would have to wait. Lower:
     large operations go in more pieces; higher: more memory per host."""
-    scratch_bytes: int = 256 * MIB
+    scratch_bytes: int = 512 * MIB
     """Temporary memory kept for the next operation. Lower: large operations touch fresh pages, at several times the
     cost of a copy; higher: more memory that only operations use."""
     peer_segments_bytes: int = 4 << 30
