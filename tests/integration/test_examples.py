@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import resource
-import signal
 import socket
 import subprocess
 import sys
@@ -37,7 +36,6 @@ print(*(Path(f"/proc/self/task/{task}/comm").read_text().strip() for task in os.
 """
 
 pytestmark = pytest.mark.slow
-TRIES_MAX = 2
 
 
 def run_example(
@@ -45,18 +43,16 @@ def run_example(
 ) -> tuple[dict[str, Any], subprocess.CompletedProcess[str]]:
     """Runs an example, without a launcher when `workers` is None; its final JSON line and all it printed."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"] if workers else []
-    for _ in range(TRIES_MAX):
-        done = subprocess.run(
-            [sys.executable, *torchrun, str(EXAMPLES / name), *arguments],
-            cwd=directory,
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_S,
-            check=False,
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes_max, resource.RLIM_INFINITY)),
-        )
-        if not (torchrun and done.returncode == -signal.SIGABRT and not done.stdout):
-            break  # torchrun itself, not the example, can abort before it has started anything: seen once in some 200
+    command = [sys.executable, *torchrun, str(EXAMPLES / name), *arguments]
+    with subprocess.Popen(command, cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        # From outside, and long before it writes: gRPC's fork handlers, run for a preexec_fn, can abort the child.
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (file_bytes_max, resource.RLIM_INFINITY))
+        try:
+            output, errors = process.communicate(timeout=TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+    done = subprocess.CompletedProcess(command, process.returncode, output, errors)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1]), done
 
