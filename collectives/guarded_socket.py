@@ -1,6 +1,6 @@
-"""What both ends of a connection have: a socket in the engine, and a limit on the time the handshake takes.
+"""What connections have in common: a socket in the engine, and a limit on the time the handshake takes.
 
-Not here: the dialling end (outbound.py), the accepting end (inbound.py).
+Not here: the dialling end (outbound.py), the accepting end (inbound.py), pipes (pipes.py).
 """
 
 import socket
@@ -11,16 +11,14 @@ from elastic_run.collectives.engine import Engine
 HANDSHAKE_TIMEOUT_S = 5.0
 
 
-class GuardedSocket(ABC):
-    """Engine thread only."""
+class EngineSocket:
+    """A socket that the engine may watch. Engine thread only."""
 
     def __init__(self, engine: Engine, sock: socket.socket | None) -> None:
         self._engine = engine
         self._sock = sock
-        self._timer: int | None = engine.after(HANDSHAKE_TIMEOUT_S, self._too_late)
 
     def close(self) -> None:
-        self._proved()
         if self._sock is not None:
             self._engine.unregister(self._sock.fileno())
             self._sock.close()
@@ -31,6 +29,18 @@ class GuardedSocket(ABC):
         if self._sock is not None:
             self._sock.close()
             self._sock = None
+
+
+class GuardedSocket(EngineSocket, ABC):
+    """One that must prove itself in time."""
+
+    def __init__(self, engine: Engine, sock: socket.socket | None) -> None:
+        super().__init__(engine, sock)
+        self._timer: int | None = engine.after(HANDSHAKE_TIMEOUT_S, self._too_late)
+
+    def close(self) -> None:
+        self._proved()
+        super().close()
 
     def _proved(self) -> None:
         """The handshake is over: no limit any more."""

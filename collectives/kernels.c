@@ -26,29 +26,6 @@ PyObject *py_pump_advance(PyObject *module, PyObject *args);
 PyObject *py_pump_progress(PyObject *module, PyObject *args);
 PyObject *py_pump_restore(PyObject *module, PyObject *args);
 
-/* Sums block by block: the running total of a block stays in the first-level cache. */
-#define DEFINE_SUM(NAME, TYPE)                                                                    \
-    VECTORISED static void NAME(TYPE *out, const uint64_t *parts, int count, size_t length)       \
-    {                                                                                             \
-        for (size_t start = 0; start < length; start += BLOCK) {                                  \
-            size_t size = length - start < BLOCK ? length - start : BLOCK;                        \
-            TYPE total[BLOCK];                                                                    \
-            const TYPE *first = (const TYPE *)(uintptr_t)parts[0] + start;                        \
-            const TYPE *second = (const TYPE *)(uintptr_t)parts[1] + start;                       \
-            for (size_t i = 0; i < size; i++) total[i] = first[i] + second[i];                    \
-            for (int part = 2; part < count; part++) {                                            \
-                const TYPE *more = (const TYPE *)(uintptr_t)parts[part] + start;                  \
-                for (size_t i = 0; i < size; i++) total[i] += more[i];                            \
-            }                                                                                     \
-            memcpy(out + start, total, size * sizeof(TYPE));                                      \
-        }                                                                                         \
-    }
-
-DEFINE_SUM(sum_float32, float)
-DEFINE_SUM(sum_float64, double)
-DEFINE_SUM(sum_int32, uint32_t) /* unsigned: wraps by definition, with the bits of the signed sum */
-DEFINE_SUM(sum_int64, uint64_t)
-
 static inline float widen(uint16_t value)
 {
     uint32_t bits = (uint32_t)value << 16;
@@ -63,24 +40,6 @@ static inline uint16_t round_to_bfloat16(float value)
     memcpy(&bits, &value, sizeof bits);
     uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
     return (uint16_t)((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded);
-}
-
-VECTORISED static void sum_bfloat16(uint16_t *out, const uint64_t *parts, int count, size_t length, float divisor)
-{
-    for (size_t start = 0; start < length; start += BLOCK) {
-        size_t size = length - start < BLOCK ? length - start : BLOCK;
-        float total[BLOCK];
-        const uint16_t *first = (const uint16_t *)(uintptr_t)parts[0] + start;
-        const uint16_t *second = (const uint16_t *)(uintptr_t)parts[1] + start;
-        for (size_t i = 0; i < size; i++) total[i] = widen(first[i]) + widen(second[i]);
-        for (int part = 2; part < count; part++) {
-            const uint16_t *more = (const uint16_t *)(uintptr_t)parts[part] + start;
-            for (size_t i = 0; i < size; i++) total[i] += widen(more[i]);
-        }
-        if (divisor != 1.0f)
-            for (size_t i = 0; i < size; i++) total[i] /= divisor;
-        for (size_t i = 0; i < size; i++) out[start + i] = round_to_bfloat16(total[i]);
-    }
 }
 
 /* Follows steps block by block: the buffers of a block stay in the first-level cache. */
@@ -244,7 +203,8 @@ static PyObject *py_sum(PyObject *Py_UNUSED(module), PyObject *args)
     Py_ssize_t length;
     int type;
     float divisor;
-    uint64_t parts[PARTS_MAX];
+    const char *parts[PARTS_MAX];
+    step steps[PARTS_MAX];
     if (!PyArg_ParseTuple(args, "KO!nif", &out, &PyTuple_Type, &addresses, &length, &type, &divisor)) return NULL;
     Py_ssize_t count = PyTuple_Size(addresses);
     if (count < 2 || count > PARTS_MAX || length < 0 || type < FLOAT32 || type > INT64) {
@@ -252,18 +212,13 @@ static PyObject *py_sum(PyObject *Py_UNUSED(module), PyObject *args)
         return NULL;
     }
     for (Py_ssize_t i = 0; i < count; i++) {
-        parts[i] = PyLong_AsUnsignedLongLong(PyTuple_GetItem(addresses, i));
+        parts[i] = (const char *)(uintptr_t)PyLong_AsUnsignedLongLong(PyTuple_GetItem(addresses, i));
         if (PyErr_Occurred()) return NULL;
+        if (i > 0) steps[i - 1] = (step){.out = 0, .left = i > 1 ? ~0 : 0, .right = (int32_t)i};
     }
     void *target = (void *)(uintptr_t)out;
     Py_BEGIN_ALLOW_THREADS
-    switch (type) {
-    case FLOAT32: sum_float32(target, parts, (int)count, (size_t)length); break;
-    case FLOAT64: sum_float64(target, parts, (int)count, (size_t)length); break;
-    case BFLOAT16: sum_bfloat16(target, parts, (int)count, (size_t)length, divisor); break;
-    case INT32: sum_int32(target, parts, (int)count, (size_t)length); break;
-    default: sum_int64(target, parts, (int)count, (size_t)length); break;
-    }
+    merge(type, target, parts, steps, (int)count - 1, (size_t)length, (double)divisor);
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }

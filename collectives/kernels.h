@@ -4,8 +4,10 @@
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030B0000
 #include <Python.h>
+#include <poll.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <time.h>
 #if defined(__x86_64__)
 #include <emmintrin.h>
 #endif
@@ -18,6 +20,8 @@
 
 enum { FLOAT32 = 0, FLOAT64 = 1, BFLOAT16 = 2, INT32 = 3, INT64 = 4 };
 enum { BLOCK = 1024, BUFFERS_MAX = 16, STEPS_MAX = 4096 };
+enum { ALIGN = 64, LOOK_NS = 1000000 };
+enum state { DONE = 0, PAUSED = 1, STALE = 2, BROKEN = 2 }; /* how a slice of a stream or a pump ended */
 
 /* Merge two halves into buffer `out`. A half from 0 up is the part of that number, below it is buffer ~half. */
 typedef struct {
@@ -34,6 +38,21 @@ void merge(int type, void *out, const char *const *parts, const step *steps, int
 void copy_around_caches(char *target, const char *source, size_t length);
 /* To one that is read again soon and one that is not. */
 void copy_twice(char *near, char *away, const char *source, size_t length);
+
+static inline size_t smaller(size_t one, size_t other) { return one < other ? one : other; }
+
+static inline uint64_t now_ns(void)
+{
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (uint64_t)time.tv_sec * 1000000000u + (uint64_t)time.tv_nsec;
+}
+
+static inline int readable(int fd)
+{
+    struct pollfd one = {.fd = fd, .events = POLLIN};
+    return poll(&one, 1, 0) != 0;
+}
 
 static inline void relax(void)
 {

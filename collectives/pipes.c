@@ -14,10 +14,8 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
-#include <time.h>
 
-enum { MEMBERS_MAX = 64, ALIGN = 64, TURN_UNITS = 4, LOOK_NS = 1000000 };
-enum state { DONE = 0, PAUSED = 1, BROKEN = 2 };
+enum { MEMBERS_MAX = 64, TURN_UNITS = 4 };
 
 /* One direction of one stream: pieces of `parts` of one share and of `results` of another, in the agreed order. */
 typedef struct {
@@ -40,8 +38,6 @@ typedef struct {
 } pump;
 
 static const char *const NAME = "elastic_run.pump";
-
-static inline size_t smaller(size_t one, size_t other) { return one < other ? one : other; }
 
 static size_t start_of(const pump *p, int rank) { return smaller(p->share * (size_t)rank, p->nbytes); }
 
@@ -153,13 +149,6 @@ static int reduce(pump *p)
     return moved;
 }
 
-static uint64_t now_ns(void)
-{
-    struct timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return (uint64_t)time.tv_sec * 1000000000u + (uint64_t)time.tv_nsec;
-}
-
 /* Until the end, until `fd` is readable, or for so long. */
 static enum state advance(pump *p, int fd, uint64_t limit_ns)
 {
@@ -198,7 +187,7 @@ static enum state advance(pump *p, int fd, uint64_t limit_ns)
             for (nfds_t i = 1; i < count; i++) ways[i]->blocked_ns += waited;
             if (fds[0].revents) return PAUSED;
         } else if (now - looked > LOOK_NS) {
-            if (spent >= limit_ns || poll(fds, 1, 0) != 0) return PAUSED;
+            if (spent >= limit_ns || readable(fd)) return PAUSED;
             looked = now;
         }
     }

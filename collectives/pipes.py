@@ -19,6 +19,7 @@ import struct
 from collections.abc import Callable
 
 from elastic_run.collectives.engine import Engine
+from elastic_run.collectives.guarded_socket import EngineSocket
 from elastic_run.collectives.handshake import NONCE_BYTES, PIPE_LANE, Hello
 from elastic_run.collectives.outbound import Item, Outbound
 from elastic_run.collectives.pending import Pending
@@ -98,14 +99,12 @@ class PipeOut:
         self._opening.clear()
 
 
-class PipeIn:
+class PipeIn(EngineSocket):
     """One on which a peer sends: its number is read here, the rest by whoever uses it. Engine thread only."""
 
     def __init__(self, engine: Engine, sock: socket.socket, on_number: "Callable[[PipeIn], None]") -> None:
+        super().__init__(engine, sock)
         self.number = 0
-        self._engine = engine
-        self._sock: socket.socket | None = sock
-        self._watched = True
         self._read = b""
         self._on_number = on_number
         self.users = 0
@@ -117,30 +116,13 @@ class PipeIn:
     def fd(self) -> int | None:
         return self._sock.fileno() if self._sock is not None else None
 
-    def close(self) -> None:
-        if self._sock is not None:
-            self._unwatch()
-            self._sock.close()
-            self._sock = None
-
-    def abandon(self) -> None:
-        """In a forked child: close the descriptor; the epoll it is in belongs to the parent."""
-        if self._sock is not None:
-            self._sock.close()
-            self._sock = None
-
-    def _unwatch(self) -> None:
-        if self._watched and self._sock is not None:
-            self._watched = False
-            self._engine.unregister(self._sock.fileno())
-
     def _on_event(self, events: int) -> None:
         assert self._sock is not None
         if self.number:
             # Its end. What came before it is still to be read by who uses it. Who does not yet never will: the sender
             # has ended well only if it has got something of everybody it sent to.
             self.ended = True
-            self._unwatch()
+            self._engine.unregister(self._sock.fileno())
             if not self.users:
                 self.close()
             return

@@ -11,17 +11,13 @@
  */
 #include "kernels.h"
 #include <linux/futex.h>
-#include <poll.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
 
-enum { MEMBERS_MAX = 1024, ALIGN = 64, CONTROL_BYTES = 128, GENERATION_BEFORE = 64, SPINS = 100 };
-enum { LOOK_NS = 1000000 };
-enum state { DONE = 0, PAUSED = 1, STALE = 2 };
+enum { MEMBERS_MAX = 1024, CONTROL_BYTES = 128, GENERATION_BEFORE = 64, SPINS = 100 };
 
 typedef struct {
     uint32_t ticks, staged, reduced, taken;
@@ -46,15 +42,6 @@ typedef struct {
 } stream;
 
 static const char *const NAME = "elastic_run.stream";
-
-static uint64_t now_ns(void)
-{
-    struct timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return (uint64_t)time.tv_sec * 1000000000u + (uint64_t)time.tv_nsec;
-}
-
-static inline size_t smaller(size_t one, size_t other) { return one < other ? one : other; }
 
 static size_t chunk_bytes(const stream *s, uint64_t chunk) { return smaller(s->chunk, s->nbytes - chunk * s->chunk); }
 
@@ -179,12 +166,6 @@ static int late(const stream *s, int which, uint64_t value)
         if (!reached(word, value)) return rank;
     }
     return -1;
-}
-
-static int readable(int fd)
-{
-    struct pollfd one = {.fd = fd, .events = POLLIN};
-    return poll(&one, 1, 0) != 0;
 }
 
 /* Until the end, until `fd` is readable, or for so long. */

@@ -41,7 +41,7 @@ STALE = 2  # as in stream.c
 def all_reduce(io: Channel, data: Tensor, reduction: Reduction) -> Algorithm:
     """Reduce `data` (one-dimensional, contiguous, of a type that the kernels know) over all members, in place."""
     nbytes = data.numel() * data.element_size()
-    room = yield from meet(io, nbytes, MET)
+    room = yield from meet(io, nbytes)
     if room.able:
         divisor = io.size if reduction is Reduction.AVG else 1
         yield from room.reduce(data, data, in_turn(io.size), divisor)
@@ -54,7 +54,7 @@ def all_reduce(io: Channel, data: Tensor, reduction: Reduction) -> Algorithm:
         yield from pairwise.all_reduce(io, data, reduction)
 
 
-def meet(io: Channel, nbytes: int, slot: int, said: Tensor | None = None) -> Generator[Sequence[Pending], None, "Room"]:
+def meet(io: Channel, nbytes: int, said: Tensor | None = None) -> Generator[Sequence[Pending], None, "Room"]:
     """Show everybody a region for a stream of `nbytes`, with the bytes that are `said`; return once all are there."""
     header = -(-len(said) // ALIGN_BYTES) * ALIGN_BYTES if said is not None else 0
     chunk = min(CHUNK_BYTES_MAX, max(CHUNK_BYTES_MIN, nbytes // SLOTS))
@@ -70,8 +70,8 @@ def meet(io: Channel, nbytes: int, slot: int, said: Tensor | None = None) -> Gen
     if said is not None:
         region.tensor[CONTROL_BYTES : CONTROL_BYTES + len(said)].copy_(said)
     for rank in io.others:
-        io.publish(rank, slot, region, counted=False)
-    fetches = {rank: io.fetch(rank, slot, size, counted=False) for rank in io.others}
+        io.publish(rank, MET, region, counted=False)
+    fetches = {rank: io.fetch(rank, MET, size, counted=False) for rank in io.others}
     yield list(fetches.values())
     memories = {rank: io.view(rank, fetch) for rank, fetch in fetches.items()} | {io.rank: region.tensor}
     return Room(io, region, fetches, memories, chunk, header)

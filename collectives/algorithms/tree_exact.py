@@ -68,7 +68,7 @@ def all_reduce(io: Channel, work: Exact) -> Algorithm:
         yield from _exchange(io, work, placement)
     elif method in THROUGH_MEMORY:
         if _may_stream(work) and _even(work, placement):
-            room = yield from meet(io, work.output.nbytes, PLACEMENT)
+            room = yield from meet(io, work.output.nbytes)
             if room.able:
                 yield from _stream(room, work, placement)
                 return
@@ -157,7 +157,7 @@ def _here(io: Channel, work: Exact, method: Method) -> Algorithm:
         yield from _shared(io, work, None, whole=method is not Method.SHARED)
         return
     said = exact.to_bytes(tuple(work.partials), work.world)
-    room = yield from meet(io, work.output.nbytes, PLACEMENT, said)
+    room = yield from meet(io, work.output.nbytes, said)
     placement = _agreed(io, work, room.said(len(said)))
     if _even(work, placement) and room.able:
         yield from _stream(room, work, placement)

@@ -118,7 +118,7 @@ def test_bytes_that_follow_the_number_are_left_to_its_user_even_after_the_end(pl
     assert pipe is not None
     pipe.users += 1
     theirs.close()
-    until(lambda: not pipe._watched)
+    until(lambda: pipe.ended)
     assert place.pipes.find(NUMBER) is pipe, "ended, and still to be read"
     assert pipe.fd is not None
     assert [os.read(pipe.fd, 100), os.read(pipe.fd, 100)] == [b"parts", b""]
